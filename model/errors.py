@@ -1,0 +1,7 @@
+"""Errors a user can cause by what they load."""
+
+from __future__ import annotations
+
+
+class CheckpointError(Exception):
+    """A checkpoint (config or tensors) that cannot be used; the message names the thing and the file."""
