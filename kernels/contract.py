@@ -1,0 +1,62 @@
+"""Contract checks shared by all ops: one error type, one message form."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KernelContractError(ValueError):
+    """An op was called with arguments its contract forbids; nothing was computed."""
+
+
+def check_tensor(
+    name: str,
+    tensor: Tensor,
+    *,
+    shape: tuple[int | None, ...] | None = None,
+    dtype: torch.dtype | tuple[torch.dtype, ...] | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """Check one tensor argument of an op.
+
+    Args:
+        name: op and argument, as ``"linear: x"``.
+        tensor: the argument.
+        shape: expected sizes; None inside the tuple allows any size, ``shape=None`` any shape.
+        dtype: the dtype, or the dtypes, that are allowed.
+        device: the device it must be on (the index counts only when ``device`` has one).
+
+    The last dimension must be contiguous (stride 1) unless it has at most one element; leading
+    strides are free.
+
+    Raises:
+        KernelContractError: names the op argument, what is expected and what was passed.
+    """
+    if not isinstance(tensor, Tensor):
+        raise KernelContractError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if shape is not None and not _shape_matches(tuple(tensor.shape), shape):
+        want = ", ".join("any" if size is None else str(size) for size in shape)
+        raise KernelContractError(f"{name}: expected shape [{want}], got {list(tensor.shape)}")
+    if dtype is not None:
+        allowed = dtype if isinstance(dtype, tuple) else (dtype,)
+        if tensor.dtype not in allowed:
+            want = " or ".join(str(d).removeprefix("torch.") for d in allowed)
+            got = str(tensor.dtype).removeprefix("torch.")
+            raise KernelContractError(f"{name}: expected dtype {want}, got {got}")
+    if device is not None and not _same_device(tensor.device, device):
+        raise KernelContractError(f"{name}: expected device {device}, got {tensor.device}")
+    # A tensor without elements has no memory whose order could matter.
+    if tensor.dim() and tensor.numel() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise KernelContractError(
+            f"{name}: expected a contiguous last dimension (stride 1), got strides"
+            f" {list(tensor.stride())} for shape {list(tensor.shape)}"
+        )
+
+
+def _shape_matches(got: tuple[int, ...], want: tuple[int | None, ...]) -> bool:
+    return len(got) == len(want) and all(w is None or g == w for g, w in zip(got, want, strict=True))
+
+
+def _same_device(got: torch.device, want: torch.device) -> bool:
+    return got.type == want.type and (want.index is None or got.index == want.index)
