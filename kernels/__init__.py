@@ -62,7 +62,7 @@ _EXPORTS: dict[str, str] = {
     "gumbel_noise": "kernels.gumbel.api",
 }
 
-__all__ = sorted(_EXPORTS)  # noqa: PLE0605
+__all__ = sorted(_EXPORTS)
 
 
 class _Ops(ModuleType):

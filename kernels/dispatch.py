@@ -1,0 +1,131 @@
+"""Which implementation of each op runs on a device: one visible table, built once, never changed.
+
+Every public op has a line in ``_FOLDERS``; every op has the torch reference. A faster implementation
+joins by a line in ``_FASTER``: the first one whose needs the device meets is chosen, for the life of
+the process. There is no fallback: if the chosen module cannot be imported or run, that is an error.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from kernels.contract import KernelContractError
+from kernels.platform import Capability, capability
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Implementation:
+    """One way to run an op: function ``op`` of ``module``.
+
+    Args:
+        name: ``reference``, or the language of a faster one.
+        module: dotted module that defines a function with the op's name.
+        device_types: device types it runs on.
+        min_compute: smallest CUDA compute capability; (0, 0) for any.
+        why: a few words for the table that ``describe`` prints.
+    """
+
+    name: str
+    module: str
+    device_types: tuple[str, ...]
+    min_compute: tuple[int, int] = (0, 0)
+    why: str
+
+    def runs_on(self, cap: Capability) -> bool:
+        """Whether the device meets the needs."""
+        return cap.device_type in self.device_types and cap.compute >= self.min_compute
+
+
+# Op -> folder below kernels/.
+_FOLDERS: dict[str, str] = {
+    "act_quant": "quant",
+    "block_amax": "quant",
+    "dequant_fp4": "quant",
+    "dequant_fp8": "quant",
+    "fake_quant_fp4": "quant",
+    "fake_quant_fp8": "quant",
+    "pack_fp4": "quant",
+    "quant_fp8_weight": "quant",
+    "prepare_weight": "linear",
+    "linear": "linear",
+    "prepare_experts": "grouped_gemm",
+    "expert_ffn": "grouped_gemm",
+    "swiglu": "swiglu",
+    "rms_norm": "rms_norm",
+    "apply_rope": "rope",
+    "q_norm_rope": "q_norm_rope",
+    "kv_norm_rope": "kv_norm_rope",
+    "store_entries": "page_cache",
+    "load_entries": "page_cache",
+    "round_entries": "page_cache",
+    "compressor_rows": "compress",
+    "compress": "compress",
+    "index_query": "index_query",
+    "index_score": "index_score",
+    "topk_select": "topk",
+    "topk_merge": "topk",
+    "sparse_attention": "sparse_attention",
+    "merge_lse": "merge_lse",
+    "grouped_output": "grouped_output",
+    "hc_pre": "hc",
+    "hc_post": "hc",
+    "hc_head": "hc",
+    "moe_gate": "moe_gate",
+    "gumbel_noise": "gumbel",
+}
+
+# Op -> implementations preferred over the reference, best first.
+_FASTER: dict[str, tuple[Implementation, ...]] = {}
+
+
+@functools.cache
+def _table(device_type: str, index: int) -> Mapping[str, Implementation]:
+    device = torch.device(device_type, index) if device_type == "cuda" else torch.device(device_type)
+    cap = capability(device)
+    chosen: dict[str, Implementation] = {}
+    for op, folder in _FOLDERS.items():
+        reference = Implementation(
+            name="reference",
+            module=f"kernels.{folder}.reference",
+            device_types=("cpu", "cuda"),
+            why="torch twin; no faster implementation for this device",
+        )
+        candidates = (*_FASTER.get(op, ()), reference)
+        chosen[op] = next(c for c in candidates if c.runs_on(cap))
+    return MappingProxyType(chosen)
+
+
+@functools.cache
+def _function(op: str, device_type: str, index: int) -> Callable[..., Any]:
+    table = _table(device_type, index)
+    if op not in table:
+        raise KernelContractError(f"op {op!r} is not in the dispatch table")
+    function: Callable[..., Any] = getattr(importlib.import_module(table[op].module), op)
+    return function
+
+
+def table(device: torch.device) -> Mapping[str, Implementation]:
+    """The frozen choice for every op on ``device``; the same object on every call."""
+    return _table(device.type, device.index or 0)
+
+
+def kernel(op: str, device: torch.device) -> Callable[..., Any]:
+    """The function that runs ``op`` on ``device``. Same parameters as the public op.
+
+    Raises:
+        KernelContractError: an op without a line in the table.
+        PlatformError: a device type this project does not run on.
+    """
+    return _function(op, device.type, device.index or 0)
+
+
+def describe(device: torch.device) -> list[tuple[str, str, str]]:
+    """``(op, implementation, why)`` for every op on ``device``, in table order."""
+    return [(op, choice.name, choice.why) for op, choice in table(device).items()]
