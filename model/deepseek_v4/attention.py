@@ -1,0 +1,285 @@
+"""V4 attention: sliding window in every layer, plus compressed entries (CSA, HCA).
+
+Prefill runs context-parallel (local rows, tp head slice); decode runs tensor-parallel (all rows, world
+head slice where sizes divide). Letters: T rows, H heads of the slice, d head_dim, D hidden.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kernels import (
+    EntryPages,
+    WindowRing,
+    WindowRows,
+    kv_norm_rope,
+    linear,
+    load_entries,
+    merge_lse,
+    prepare_weight,
+    q_norm_rope,
+    rms_norm,
+    round_entries,
+    sparse_attention,
+    store_entries,
+)
+from model.deepseek_v4.attention_output import AttentionOutput
+from model.deepseek_v4.compressor import Compressor
+from model.deepseek_v4.config import CSA_RATIO
+from model.deepseek_v4.indexer import Indexer
+from model.parallel.context import exchange_rows, gather_entries, gather_pages
+
+if TYPE_CHECKING:
+    from kernels import Numerics
+    from model.cache_spec import LayerCache
+    from model.checkpoint.loader import WeightDict
+    from model.deepseek_v4.config import DeepSeekV4Config
+    from model.forward_batch import DecodeBatch, PrefillBatch, WindowPlan
+    from model.parallel.config import ParallelConfig
+    from model.parallel.mesh import ParallelMesh
+
+
+class Attention:
+    """One layer's attention on one rank.
+
+    Args:
+        config, parallel, numerics: the model, the mesh's choices and the arithmetic.
+        weights: this rank's slices.
+        prefix: checkpoint prefix, e.g. ``layers.3``.
+        ratio: 0 (window only), 4 (CSA) or 128 (HCA).
+        mesh: live groups.
+    """
+
+    def __init__(
+        self,
+        config: DeepSeekV4Config,
+        parallel: ParallelConfig,
+        numerics: Numerics,
+        weights: WeightDict,
+        prefix: str,
+        ratio: int,
+        mesh: ParallelMesh,
+    ) -> None:
+        self.config, self.mesh, self.ratio = config, mesh, ratio
+        self.quantize = numerics.quantize
+        self.dcp = parallel.dcp
+        self.sharded = parallel.kv_shard == "cp" and mesh.cp.size > 1 and ratio != 0
+        self.view = mesh.decode_view(config.num_attention_heads, config.o_groups)
+        attn = f"{prefix}.attn"
+        d = config.head_dim
+        self.wq_a = prepare_weight(weights.block(f"{attn}.wq_a.weight"))
+        self.q_norm = weights.tensor(f"{attn}.q_norm.weight")
+        self.wq_b = prepare_weight(weights.block(f"{attn}.wq_b.weight"))
+        self.wkv = prepare_weight(weights.block(f"{attn}.wkv.weight"))
+        self.kv_norm = weights.tensor(f"{attn}.kv_norm.weight")
+        self.attn_sink = weights.tensor(f"{attn}.attn_sink")
+        self.inv_freq = torch.tensor(
+            config.inv_freq(ratio), dtype=torch.float32, device=self.attn_sink.device
+        )
+        self.output = AttentionOutput(config, weights, attn, self.inv_freq, mesh, self.quantize)
+        lo, hi = self.view.heads
+        self.decode_wq_b = self.wq_b.rows(lo * d, hi * d)
+        self.decode_sink = self.attn_sink[lo:hi]
+        self.compressor: Compressor | None = None
+        self.indexer: Indexer | None = None
+        if ratio:
+            self.compressor = Compressor(
+                config,
+                weights,
+                f"{attn}.compressor",
+                ratio=ratio,
+                index=False,
+                inv_freq=self.inv_freq,
+                quantize=self.quantize,
+                dtype=numerics.dtype,
+            )
+        if ratio == CSA_RATIO:
+            self.indexer = Indexer(
+                config,
+                weights,
+                f"{attn}.indexer",
+                mesh,
+                inv_freq=self.inv_freq,
+                quantize=self.quantize,
+                dtype=numerics.dtype,
+            )
+
+    def prefill(self, x: Tensor, batch: PrefillBatch, cache: LayerCache) -> Tensor:
+        """x: attn-normed local rows [T, D] -> [T, D]; stores window, state and entries on the way."""
+        qr = self._query_latent(x)
+        q = self._heads(qr, self.wq_b, batch.positions)
+        window = self.store_window(x, batch.positions, batch.window, cache)
+        entries = self._prefill_entries(x, qr, batch, cache) if self.ratio else None
+        o, _ = sparse_attention(
+            q, window, entries, sink=self.attn_sink, scale=self.config.softmax_scale
+        )
+        return self.output.prefill(o, batch.positions)
+
+    def decode(self, x: Tensor, batch: DecodeBatch, cache: LayerCache) -> Tensor:
+        """x: attn-normed rows of all requests [T, D] -> [T, D], the same on every rank."""
+        qr = self._query_latent(x)
+        q = self._heads(qr, self.decode_wq_b, batch.positions)
+        kv = self._latents(x, batch.positions, cache)
+        store_entries(cache.window, cache.window_layout, batch.window_dest, kv)
+        window = WindowRing(cache.window, cache.window_layout, batch.window_slots)
+        entries = self._decode_entries(x, qr, batch, cache) if self.ratio else None
+        scale = self.config.softmax_scale
+        if self.sharded and entries is not None:
+            o = self._merge_shards(q, window, entries, scale)
+        else:
+            o, _ = sparse_attention(q, window, entries, sink=self.decode_sink, scale=scale)
+        return self.output.decode(o, batch.positions)
+
+    def store_window(
+        self, x: Tensor, positions: Tensor, plan: WindowPlan, cache: LayerCache
+    ) -> WindowRows:
+        """Compute local latents, exchange them, keep ring and tails; returns what queries may see."""
+        kv = self._latents(x, positions, cache)
+        rows = plan.rows
+        carried = load_entries(cache.window, cache.window_layout, rows.carried, kv.dtype)
+        buffer = exchange_rows(self.mesh.cp, kv, rows, carried)
+        store_entries(cache.window, cache.window_layout, rows.state_dest, buffer[rows.state_source])
+        store_entries(
+            cache.tail_window, cache.tail_layout, rows.tail_dest, buffer[rows.tail_source]
+        )
+        return WindowRows(buffer[plan.workspace], plan.start, plan.length)
+
+    def _query_latent(self, x: Tensor) -> Tensor:
+        qr = linear(x, self.wq_a, quantize=self.quantize)
+        return rms_norm(qr, self.q_norm, self.config.rms_norm_eps)
+
+    def _heads(self, qr: Tensor, wq_b: object, positions: Tensor) -> Tensor:
+        q = linear(qr, wq_b, quantize=self.quantize)
+        q = q.view(q.shape[0], -1, self.config.head_dim)
+        return q_norm_rope(q, positions, self.inv_freq, self.config.rms_norm_eps)
+
+    def _latents(self, x: Tensor, positions: Tensor, cache: LayerCache) -> Tensor:
+        kv = kv_norm_rope(
+            linear(x, self.wkv, quantize=self.quantize),
+            self.kv_norm,
+            positions,
+            self.inv_freq,
+            self.config.rms_norm_eps,
+            quantize=self.quantize,
+        )
+        # Through the cache format at once: a row read back from the ring equals the row just made.
+        return round_entries(kv, cache.window_layout)
+
+    def _rows(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Compressor rows of the layer, float32 [T, state width]: main, then indexer."""
+        assert self.compressor is not None
+        rows = self.compressor.rows(x, positions)
+        if self.indexer is None:
+            return rows
+        return torch.cat([rows, self.indexer.compressor.rows(x, positions)], dim=1)
+
+    def _pool(
+        self, buffer: Tensor, row_index: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        assert self.compressor is not None
+        if self.indexer is None:
+            return self.compressor.pool(buffer, row_index, positions), None
+        split = 4 * self.config.head_dim
+        main = self.compressor.pool(buffer[:, :split], row_index, positions)
+        return main, self.indexer.compressor.pool(buffer[:, split:], row_index, positions)
+
+    def _prefill_entries(
+        self, x: Tensor, qr: Tensor, batch: PrefillBatch, cache: LayerCache
+    ) -> EntryPages:
+        assert cache.main is not None and cache.main_layout is not None and cache.state is not None
+        plan, cp = batch.groups[self.ratio], self.mesh.cp
+        rows = plan.rows
+        local = self._rows(x, batch.positions)
+        buffer = exchange_rows(cp, local, rows, cache.state[rows.carried])
+        main, index = self._pool(buffer, plan.row_index, plan.positions)
+        main = gather_entries(cp, main, plan.counts)
+        store_entries(cache.main, cache.main_layout, plan.main_slots, main)
+        cache.state[rows.state_dest] = buffer[rows.state_source]
+        if cache.tail_state is not None:
+            cache.tail_state[rows.tail_dest] = buffer[rows.tail_source]
+        chosen = None
+        num_entries = batch.num_entries[self.ratio]
+        if self.indexer is not None:
+            assert index is not None and plan.index_slots is not None
+            assert cache.index is not None and cache.index_layout is not None
+            index = gather_entries(cp, index, plan.counts)
+            store_entries(cache.index, cache.index_layout, plan.index_slots, index)
+            chosen = self.indexer.select_prefill(
+                x,
+                qr,
+                batch.positions,
+                cache.index,
+                cache.index_layout,
+                batch.block_table,
+                batch.row_seq,
+                num_entries,
+            )
+        pool, table = cache.main, batch.main_block_table
+        if batch.scratch is not None:
+            pool, table = gather_pages(cp, cache.main, batch.scratch), batch.scratch.block_table
+        return EntryPages(pool, cache.main_layout, table, batch.row_seq, chosen, num_entries)
+
+    def _decode_entries(
+        self, x: Tensor, qr: Tensor, batch: DecodeBatch, cache: LayerCache
+    ) -> EntryPages:
+        assert cache.main is not None and cache.main_layout is not None and cache.state is not None
+        plan = batch.groups[self.ratio]
+        keep = plan.state_dest >= 0
+        cache.state[plan.state_dest[keep]] = self._rows(x, batch.positions)[keep]
+        main, index = self._pool(cache.state, plan.row_index, plan.positions)
+        store_entries(cache.main, cache.main_layout, plan.main_slots, main)
+        chosen = None
+        num_entries = batch.num_entries[self.ratio]
+        if self.indexer is not None:
+            assert index is not None and plan.index_slots is not None
+            assert cache.index is not None and cache.index_layout is not None
+            store_entries(cache.index, cache.index_layout, plan.index_slots, index)
+            chosen = self.indexer.select_decode(
+                x,
+                qr,
+                batch.positions,
+                cache.index,
+                cache.index_layout,
+                batch.block_table,
+                batch.row_seq,
+                num_entries,
+                dcp=self.dcp,
+            )
+        return EntryPages(
+            cache.main,
+            cache.main_layout,
+            batch.main_block_table,
+            batch.row_seq,
+            chosen,
+            num_entries,
+        )
+
+    def _merge_shards(
+        self, q: Tensor, window: WindowRing, entries: EntryPages, scale: float
+    ) -> Tensor:
+        """Attend to the entries this rank owns for all heads of the cp group; merge by lse.
+
+        The window is on every rank, so each adds it for its own heads; the sink is added once, in the
+        merge.
+        """
+        cp, (rows, heads, d) = self.mesh.cp, q.shape
+        own, own_lse = sparse_attention(q, window, None, sink=None, scale=scale)
+        if self.view.over_world:
+            everyone = cp.all_gather(q).view(cp.size, rows, heads, d)
+            q_all = everyone.transpose(0, 1).reshape(rows, cp.size * heads, d)
+            o, lse = sparse_attention(q_all, None, entries, sink=None, scale=scale)
+            counts = [rows] * cp.size
+            by_rank = o.view(rows, cp.size, heads, d).transpose(0, 1).reshape(-1, heads, d)
+            lse_by_rank = lse.view(rows, cp.size, heads).transpose(0, 1).reshape(-1, heads)
+            parts = cp.all_to_all_v(by_rank, counts, counts)
+            lses = cp.all_to_all_v(lse_by_rank, counts, counts)
+        else:
+            o, lse = sparse_attention(q, None, entries, sink=None, scale=scale)
+            parts, lses = cp.all_gather(o), cp.all_gather(lse)
+        parts = torch.cat([own[None], parts.view(cp.size, rows, heads, d)])
+        lses = torch.cat([own_lse[None], lses.view(cp.size, rows, heads)])
+        merged, _ = merge_lse(parts, lses, self.decode_sink)
+        return merged

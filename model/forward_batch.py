@@ -1,0 +1,156 @@
+"""What a forward pass may read besides activations and caches: device tensors, built once per step.
+
+Letters: T rows on this rank, S requests of the step, E compressed entries. Index tensors are int64.
+A *row buffer* is ``[local rows | gathered rows | carried rows]`` (see ``model.parallel.partition``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowExchange:
+    """How one row stream travels in a prefill step (window latents, or compressor rows).
+
+    Args:
+        send: local rows to publish.
+        counts: rows each cp rank publishes; all zero when nothing travels.
+        carried: rows of the layer's ring to append, ``slot * ring_rows + position % ring_rows``.
+        state_source / state_dest: buffer rows to store, and ring rows to store them in.
+        tail_source / tail_dest: buffer rows to store, and tail rows to store them in.
+    """
+
+    send: Tensor
+    counts: tuple[int, ...]
+    carried: Tensor
+    state_source: Tensor
+    state_dest: Tensor
+    tail_source: Tensor
+    tail_dest: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowPlan:
+    """The window latents of a prefill step.
+
+    Args:
+        rows: the exchange.
+        workspace: buffer rows that this rank's queries may see, segment by segment [N].
+        start, length: each local query's rows inside the workspace [T].
+    """
+
+    rows: RowExchange
+    workspace: Tensor
+    start: Tensor
+    length: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupPlan:
+    """The compressed entries of a prefill step in layers of one ratio.
+
+    Args:
+        rows: the exchange of compressor rows (u, g).
+        row_index: buffer rows each entry pools [E, 8 or 128], -1 = none.
+        positions: first token of each entry's group [E].
+        counts: entries each cp rank pools when they are gathered; None: every rank pools all.
+        main_slots: page slot of every entry of the step in canonical (gathered) order, -1 = not kept
+            here.
+        index_slots: the same for indexer keys (CSA); None for HCA.
+    """
+
+    rows: RowExchange
+    row_index: Tensor
+    positions: Tensor
+    counts: tuple[int, ...] | None
+    main_slots: Tensor
+    index_slots: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScratchPlan:
+    """Gathers sharded main pages (``kv_shard: cp``) into one pool for a prefill step.
+
+    Args:
+        pages: this rank's local pages that the step reads.
+        counts: pages each cp rank sends.
+        block_table: int32 [S, B] into the gathered pool.
+    """
+
+    pages: Tensor
+    counts: tuple[int, ...]
+    block_table: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillBatch:
+    """One prefill step on one rank.
+
+    Args:
+        input_ids, positions, row_seq: [T]; row_seq is the request's index in the step.
+        replicated: every rank of the world holds the same rows (cp size 1).
+        num_entries: visible compressed entries per row, by ratio [T].
+        block_table: int32 [S, B], logical blocks (indexer pages).
+        main_block_table: int32 [S, B], local main pages, -1 = on another rank.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    row_seq: Tensor
+    replicated: bool
+    num_entries: dict[int, Tensor]
+    window: WindowPlan
+    groups: dict[int, GroupPlan]
+    block_table: Tensor
+    main_block_table: Tensor
+    scratch: ScratchPlan | None
+
+    @property
+    def num_rows(self) -> int:
+        """T."""
+        return self.input_ids.shape[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeGroups:
+    """The entries a decode step completes in layers of one ratio; rows come from the state ring.
+
+    ``state_dest`` [T] ring row of every token; ``row_index`` [E, 8 or 128] ring rows, -1 = none;
+    ``positions`` [E]; ``main_slots``, ``index_slots`` [E].
+    """
+
+    state_dest: Tensor
+    row_index: Tensor
+    positions: Tensor
+    main_slots: Tensor
+    index_slots: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeBatch:
+    """One decode step, the same on every rank. Padded rows have window_dest, window_slots -1.
+
+    Args:
+        input_ids, positions, row_seq: [T].
+        window_dest: window ring slot each row is stored in [T].
+        window_slots: ring slots each row attends to [T, window].
+        num_entries, groups, block_table, main_block_table: as in PrefillBatch.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    row_seq: Tensor
+    window_dest: Tensor
+    window_slots: Tensor
+    num_entries: dict[int, Tensor]
+    groups: dict[int, DecodeGroups]
+    block_table: Tensor
+    main_block_table: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        """T."""
+        return self.input_ids.shape[0]

@@ -1,0 +1,41 @@
+"""Context parallelism of a prefill step: rows and entries that travel between the cp ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from model.forward_batch import RowExchange, ScratchPlan
+from model.parallel.collectives import Group
+
+
+def exchange_rows(cp: Group, local: Tensor, plan: RowExchange, carried: Tensor) -> Tensor:
+    """Build the row buffer ``[local | gathered | carried]`` of one stream.
+
+    Args:
+        cp: the context-parallel group.
+        local: this rank's rows [T, w].
+        plan: which rows to publish.
+        carried: rows from before the chunk [N, w], in local's dtype.
+
+    Returns:
+        [T + sum(plan.counts) + N, w]
+    """
+    parts = [local]
+    if any(plan.counts):
+        parts.append(cp.all_gather_v(local[plan.send], plan.counts))
+    if carried.shape[0]:
+        parts.append(carried)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def gather_entries(cp: Group, entries: Tensor, counts: Sequence[int] | None) -> Tensor:
+    """All entries of the step in canonical order; ``counts`` None when this rank pooled them all."""
+    return entries if counts is None else cp.all_gather_v(entries, counts)
+
+
+def gather_pages(cp: Group, pool: Tensor, plan: ScratchPlan) -> Tensor:
+    """Collect the owners' pages, as bytes, into one scratch pool uint8 [sum(counts), page_bytes]."""
+    return cp.all_gather_v(pool[plan.pages], plan.counts)
