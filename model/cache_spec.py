@@ -180,7 +180,8 @@ class LayerCache:
 
     ``window`` uint8 [slots, page_bytes]; ``main`` uint8 [local blocks, page_bytes]; ``index`` uint8
     [blocks, page_bytes]; ``state`` float32 [slots * state_rows, width]; ``tail_window`` uint8
-    [tails, page_bytes]; ``tail_state`` float32 [tails * 4, width] (CSA).
+    [tails, page_bytes]; ``tail_state`` float32 [tails * 4, width]. What a layer's ratio does not have
+    is an empty tensor.
     """
 
     ratio: int
@@ -188,12 +189,12 @@ class LayerCache:
     window_layout: PageLayout
     tail_window: Tensor
     tail_layout: PageLayout
-    main: Tensor | None = None
-    main_layout: PageLayout | None = None
-    index: Tensor | None = None
-    index_layout: PageLayout | None = None
-    state: Tensor | None = None
-    tail_state: Tensor | None = None
+    main: Tensor
+    main_layout: PageLayout
+    index: Tensor
+    index_layout: PageLayout
+    state: Tensor
+    tail_state: Tensor
 
     @classmethod
     def allocate(
@@ -208,34 +209,32 @@ class LayerCache:
     ) -> LayerCache:
         """Allocate one layer's caches, zero-filled; see the class for shapes."""
         ratio = spec.ratios[layer]
+        csa = ratio == CSA_RATIO
+        main_layout = spec.main_layout(ratio or HCA_RATIO)
 
         def pages(count: int, layout: PageLayout) -> Tensor:
             return torch.zeros(count, layout.page_bytes, dtype=torch.uint8, device=device)
 
-        paged = ratio != 0
-        csa = ratio == CSA_RATIO
+        def states(count: int, rows: int) -> Tensor:
+            width = spec.state_width(ratio) if count else 0
+            return torch.zeros(count * rows, width, dtype=torch.float32, device=device)
+
         return cls(
             ratio=ratio,
             window=pages(num_slots, spec.window_layout),
             window_layout=spec.window_layout,
             tail_window=pages(num_tails, spec.tail_layout),
             tail_layout=spec.tail_layout,
-            main=pages(spec.local_blocks(num_blocks), spec.main_layout(ratio)) if paged else None,
-            main_layout=spec.main_layout(ratio) if paged else None,
-            index=pages(num_blocks, spec.index_layout) if csa else None,
-            index_layout=spec.index_layout if csa else None,
-            state=torch.zeros(
-                num_slots * spec.state_rows(ratio), spec.state_width(ratio), device=device
-            )
-            if paged
-            else None,
-            tail_state=torch.zeros(num_tails * CSA_RATIO, spec.state_width(ratio), device=device)
-            if csa
-            else None,
+            main=pages(spec.local_blocks(num_blocks) if ratio else 0, main_layout),
+            main_layout=main_layout,
+            index=pages(num_blocks if csa else 0, spec.index_layout),
+            index_layout=spec.index_layout,
+            state=states(num_slots, spec.state_rows(ratio)) if ratio else states(0, 0),
+            tail_state=states(num_tails if csa else 0, CSA_RATIO),
         )
 
     @property
     def nbytes(self) -> int:
         """Bytes really allocated."""
         tensors = (self.window, self.tail_window, self.main, self.index, self.state, self.tail_state)
-        return sum(t.nbytes for t in tensors if t is not None)
+        return sum(t.nbytes for t in tensors)

@@ -59,7 +59,7 @@ class GroupPlan:
         counts: entries each cp rank pools when they are gathered; None: every rank pools all.
         main_slots: page slot of every entry of the step in canonical (gathered) order, -1 = not kept
             here.
-        index_slots: the same for indexer keys (CSA); None for HCA.
+        index_slots: the same for indexer keys; empty for HCA.
     """
 
     rows: RowExchange
@@ -67,7 +67,7 @@ class GroupPlan:
     positions: Tensor
     counts: tuple[int, ...] | None
     main_slots: Tensor
-    index_slots: Tensor | None
+    index_slots: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +126,7 @@ class DecodeGroups:
     row_index: Tensor
     positions: Tensor
     main_slots: Tensor
-    index_slots: Tensor | None
+    index_slots: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from kernels import (
-    EntryPages,
     WindowRing,
     WindowRows,
     kv_norm_rope,
@@ -27,13 +26,11 @@ from kernels import (
     store_entries,
 )
 from model.deepseek_v4.attention_output import AttentionOutput
-from model.deepseek_v4.compressor import Compressor
-from model.deepseek_v4.config import CSA_RATIO
-from model.deepseek_v4.indexer import Indexer
-from model.parallel.context import exchange_rows, gather_entries, gather_pages
+from model.deepseek_v4.entries import CompressedEntries
+from model.parallel.context import exchange_rows
 
 if TYPE_CHECKING:
-    from kernels import Numerics
+    from kernels import EntryPages, Numerics, PreparedWeight
     from model.cache_spec import LayerCache
     from model.checkpoint.loader import WeightDict
     from model.deepseek_v4.config import DeepSeekV4Config
@@ -63,9 +60,8 @@ class Attention:
         ratio: int,
         mesh: ParallelMesh,
     ) -> None:
-        self.config, self.mesh, self.ratio = config, mesh, ratio
+        self.config, self.mesh = config, mesh
         self.quantize = numerics.quantize
-        self.dcp = parallel.dcp
         self.sharded = parallel.kv_shard == "cp" and mesh.cp.size > 1 and ratio != 0
         self.view = mesh.decode_view(config.num_attention_heads, config.o_groups)
         attn = f"{prefix}.attn"
@@ -83,28 +79,10 @@ class Attention:
         lo, hi = self.view.heads
         self.decode_wq_b = self.wq_b.rows(lo * d, hi * d)
         self.decode_sink = self.attn_sink[lo:hi]
-        self.compressor: Compressor | None = None
-        self.indexer: Indexer | None = None
+        self.entries: CompressedEntries | None = None
         if ratio:
-            self.compressor = Compressor(
-                config,
-                weights,
-                f"{attn}.compressor",
-                ratio=ratio,
-                index=False,
-                inv_freq=self.inv_freq,
-                quantize=self.quantize,
-                dtype=numerics.dtype,
-            )
-        if ratio == CSA_RATIO:
-            self.indexer = Indexer(
-                config,
-                weights,
-                f"{attn}.indexer",
-                mesh,
-                inv_freq=self.inv_freq,
-                quantize=self.quantize,
-                dtype=numerics.dtype,
+            self.entries = CompressedEntries(
+                config, parallel, numerics, weights, attn, ratio, self.inv_freq, mesh
             )
 
     def prefill(self, x: Tensor, batch: PrefillBatch, cache: LayerCache) -> Tensor:
@@ -112,7 +90,7 @@ class Attention:
         qr = self._query_latent(x)
         q = self._heads(qr, self.wq_b, batch.positions)
         window = self.store_window(x, batch.positions, batch.window, cache)
-        entries = self._prefill_entries(x, qr, batch, cache) if self.ratio else None
+        entries = self.entries.prefill(x, qr, batch, cache) if self.entries else None
         o, _ = sparse_attention(
             q, window, entries, sink=self.attn_sink, scale=self.config.softmax_scale
         )
@@ -125,7 +103,7 @@ class Attention:
         kv = self._latents(x, batch.positions, cache)
         store_entries(cache.window, cache.window_layout, batch.window_dest, kv)
         window = WindowRing(cache.window, cache.window_layout, batch.window_slots)
-        entries = self._decode_entries(x, qr, batch, cache) if self.ratio else None
+        entries = self.entries.decode(x, qr, batch, cache) if self.entries else None
         scale = self.config.softmax_scale
         if self.sharded and entries is not None:
             o = self._merge_shards(q, window, entries, scale)
@@ -151,7 +129,7 @@ class Attention:
         qr = linear(x, self.wq_a, quantize=self.quantize)
         return rms_norm(qr, self.q_norm, self.config.rms_norm_eps)
 
-    def _heads(self, qr: Tensor, wq_b: object, positions: Tensor) -> Tensor:
+    def _heads(self, qr: Tensor, wq_b: PreparedWeight, positions: Tensor) -> Tensor:
         q = linear(qr, wq_b, quantize=self.quantize)
         q = q.view(q.shape[0], -1, self.config.head_dim)
         return q_norm_rope(q, positions, self.inv_freq, self.config.rms_norm_eps)
@@ -167,95 +145,6 @@ class Attention:
         )
         # Through the cache format at once: a row read back from the ring equals the row just made.
         return round_entries(kv, cache.window_layout)
-
-    def _rows(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Compressor rows of the layer, float32 [T, state width]: main, then indexer."""
-        assert self.compressor is not None
-        rows = self.compressor.rows(x, positions)
-        if self.indexer is None:
-            return rows
-        return torch.cat([rows, self.indexer.compressor.rows(x, positions)], dim=1)
-
-    def _pool(
-        self, buffer: Tensor, row_index: Tensor, positions: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        assert self.compressor is not None
-        if self.indexer is None:
-            return self.compressor.pool(buffer, row_index, positions), None
-        split = 4 * self.config.head_dim
-        main = self.compressor.pool(buffer[:, :split], row_index, positions)
-        return main, self.indexer.compressor.pool(buffer[:, split:], row_index, positions)
-
-    def _prefill_entries(
-        self, x: Tensor, qr: Tensor, batch: PrefillBatch, cache: LayerCache
-    ) -> EntryPages:
-        assert cache.main is not None and cache.main_layout is not None and cache.state is not None
-        plan, cp = batch.groups[self.ratio], self.mesh.cp
-        rows = plan.rows
-        local = self._rows(x, batch.positions)
-        buffer = exchange_rows(cp, local, rows, cache.state[rows.carried])
-        main, index = self._pool(buffer, plan.row_index, plan.positions)
-        main = gather_entries(cp, main, plan.counts)
-        store_entries(cache.main, cache.main_layout, plan.main_slots, main)
-        cache.state[rows.state_dest] = buffer[rows.state_source]
-        if cache.tail_state is not None:
-            cache.tail_state[rows.tail_dest] = buffer[rows.tail_source]
-        chosen = None
-        num_entries = batch.num_entries[self.ratio]
-        if self.indexer is not None:
-            assert index is not None and plan.index_slots is not None
-            assert cache.index is not None and cache.index_layout is not None
-            index = gather_entries(cp, index, plan.counts)
-            store_entries(cache.index, cache.index_layout, plan.index_slots, index)
-            chosen = self.indexer.select_prefill(
-                x,
-                qr,
-                batch.positions,
-                cache.index,
-                cache.index_layout,
-                batch.block_table,
-                batch.row_seq,
-                num_entries,
-            )
-        pool, table = cache.main, batch.main_block_table
-        if batch.scratch is not None:
-            pool, table = gather_pages(cp, cache.main, batch.scratch), batch.scratch.block_table
-        return EntryPages(pool, cache.main_layout, table, batch.row_seq, chosen, num_entries)
-
-    def _decode_entries(
-        self, x: Tensor, qr: Tensor, batch: DecodeBatch, cache: LayerCache
-    ) -> EntryPages:
-        assert cache.main is not None and cache.main_layout is not None and cache.state is not None
-        plan = batch.groups[self.ratio]
-        keep = plan.state_dest >= 0
-        cache.state[plan.state_dest[keep]] = self._rows(x, batch.positions)[keep]
-        main, index = self._pool(cache.state, plan.row_index, plan.positions)
-        store_entries(cache.main, cache.main_layout, plan.main_slots, main)
-        chosen = None
-        num_entries = batch.num_entries[self.ratio]
-        if self.indexer is not None:
-            assert index is not None and plan.index_slots is not None
-            assert cache.index is not None and cache.index_layout is not None
-            store_entries(cache.index, cache.index_layout, plan.index_slots, index)
-            chosen = self.indexer.select_decode(
-                x,
-                qr,
-                batch.positions,
-                cache.index,
-                cache.index_layout,
-                batch.block_table,
-                batch.row_seq,
-                num_entries,
-                dcp=self.dcp,
-            )
-        return EntryPages(
-            cache.main,
-            cache.main_layout,
-            batch.main_block_table,
-            batch.row_seq,
-            chosen,
-            num_entries,
-        )
 
     def _merge_shards(
         self, q: Tensor, window: WindowRing, entries: EntryPages, scale: float

@@ -58,7 +58,7 @@ class AttentionOutput:
     ) -> Tensor:
         start = first_group * self.rank_dim
         amax = None
-        if self.quantize and (start % _BLOCK or u.shape[1] % _BLOCK) and group.size > 1:
+        if self.quantize and u.shape[1] % _BLOCK and group.size > 1:
             amax = self._shared_amax(u, start, group)
         out = linear(u, wo_b, quantize=self.quantize, amax=amax, out_dtype=torch.float32)
         return group.all_reduce(out).to(u.dtype)

@@ -1,0 +1,114 @@
+"""The whole V4 model on one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kernels import Numerics, linear, prepare_weight, rms_norm
+from model.deepseek_v4.block import Block
+from model.deepseek_v4.hyper_connection import HyperHead
+from model.deepseek_v4.mtp import MTPBlock
+from model.parallel.expert import ExpertParallel
+
+if TYPE_CHECKING:
+    from model.cache_spec import LayerCache
+    from model.checkpoint.loader import WeightDict
+    from model.deepseek_v4.config import DeepSeekV4Config
+    from model.forward_batch import DecodeBatch, PrefillBatch
+    from model.parallel.config import ParallelConfig
+    from model.parallel.mesh import ParallelMesh
+
+
+class DeepSeekV4:
+    """Embedding, blocks, head and, when its weights are there, the MTP block.
+
+    Args:
+        config: the model's shape.
+        parallel: mesh sizes and choices.
+        numerics: arithmetic of all layers.
+        weights: this rank's slices; every tensor must be taken exactly once.
+        mesh: live groups.
+        with_mtp: build the MTP block.
+    """
+
+    def __init__(
+        self,
+        config: DeepSeekV4Config,
+        parallel: ParallelConfig,
+        numerics: Numerics,
+        weights: WeightDict,
+        mesh: ParallelMesh,
+        *,
+        with_mtp: bool,
+    ) -> None:
+        self.config, self.mesh, self.numerics = config, mesh, numerics
+        experts = ExpertParallel(mesh, config.n_routed_experts, parallel.moe_combine)
+        self.embed = weights.tensor("embed.weight")
+        self.blocks = [
+            Block(
+                config,
+                parallel,
+                numerics,
+                weights,
+                f"layers.{layer}",
+                ratio=config.layer_ratio(layer),
+                hashed=config.is_hash_layer(layer),
+                mesh=mesh,
+                experts=experts,
+            )
+            for layer in range(config.num_hidden_layers)
+        ]
+        self.hc_head = HyperHead(config, weights, "hc_head")
+        self.norm = weights.tensor("norm.weight")
+        self.head = prepare_weight(weights.block("head.weight"))
+        self.mtp = (
+            MTPBlock(config, parallel, numerics, weights, mesh, experts) if with_mtp else None
+        )
+        weights.finish()
+
+    def embedding(self, ids: Tensor) -> Tensor:
+        """Token ids [T] -> [T, D] in the compute dtype."""
+        return functional.embedding(ids, self.embed).to(self.numerics.dtype)
+
+    def prefill(self, batch: PrefillBatch, caches: Sequence[LayerCache]) -> Tensor:
+        """Run a prefill step's local rows; returns the streams after the last block [T, R, D]."""
+        streams = self._streams(batch.input_ids)
+        for block, cache in zip(self.blocks, caches, strict=False):
+            streams = block.prefill(streams, batch, cache)
+        return streams
+
+    def decode(self, batch: DecodeBatch, caches: Sequence[LayerCache]) -> Tensor:
+        """Run a decode step's rows; returns the streams after the last block [T, R, D]."""
+        streams = self._streams(batch.input_ids)
+        for block, cache in zip(self.blocks, caches, strict=False):
+            streams = block.decode(streams, batch, cache)
+        return streams
+
+    def head_rows(self, streams: Tensor) -> Tensor:
+        """Streams [T, R, D] -> normed rows for the LM head [T, D]."""
+        return rms_norm(self.hc_head(streams), self.norm, self.config.rms_norm_eps)
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Head rows, the same on every rank [N, D] -> float32 [N, vocab] on every rank."""
+        world, vocab = self.mesh.world, self.config.vocab_size
+        local = linear(rows.float(), self.head, quantize=False)
+        if world.size == 1:
+            return local
+        share = -(-vocab // world.size)
+        padded = functional.pad(local, (0, share - local.shape[1]))
+        gathered = world.all_gather(padded).view(world.size, rows.shape[0], share)
+        return gathered.transpose(0, 1).reshape(rows.shape[0], -1)[:, :vocab]
+
+    def _streams(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        return x[:, None].expand(-1, self.config.hc_mult, -1).contiguous()
+
+
+def model_dtype(numerics: str) -> torch.dtype:
+    """Compute dtype of a ``model.numerics`` name."""
+    return Numerics(numerics).dtype
