@@ -1,9 +1,9 @@
 """Causeway's ops: one folder per op, exported lazily under their own names.
 
-``from kernels import linear`` imports ``kernels.linear.api`` on first use and nothing else. Contracts:
-docs/kernels.md. Many ops share the name of their folder; here the name always means the op, whatever
-was imported before. So reach a module with ``from kernels.linear import api``, not through the
-attribute chain ``kernels.linear.api``.
+``from kernels import linear`` imports ``kernels.linear.api`` on first use and nothing else.
+Contracts: docs/kernels.md. Many ops share the name of their folder; here the name always means the
+op, whatever was imported before. So reach a module with ``from kernels.linear import api``, not
+through the attribute chain ``kernels.linear.api``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,64 @@ from __future__ import annotations
 import importlib
 import sys
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the same exports, for type checkers and editors
+    # isort: off
+    from kernels.compress.api import compress as compress, compressor_rows as compressor_rows
+    from kernels.contract import KernelContractError as KernelContractError
+    from kernels.grouped_gemm.api import (
+        PreparedExperts as PreparedExperts,
+        expert_ffn as expert_ffn,
+        prepare_experts as prepare_experts,
+    )
+    from kernels.grouped_output.api import grouped_output as grouped_output
+    from kernels.gumbel.api import gumbel_noise as gumbel_noise
+    from kernels.hc.api import hc_head as hc_head, hc_post as hc_post, hc_pre as hc_pre
+    from kernels.index_query.api import index_query as index_query
+    from kernels.index_score.api import index_score as index_score
+    from kernels.kv_norm_rope.api import kv_norm_rope as kv_norm_rope
+    from kernels.linear.api import (
+        PreparedWeight as PreparedWeight,
+        linear as linear,
+        prepare_weight as prepare_weight,
+    )
+    from kernels.merge_lse.api import merge_lse as merge_lse
+    from kernels.moe_gate.api import moe_gate as moe_gate
+    from kernels.numerics import Numerics as Numerics
+    from kernels.page_cache.api import (
+        load_entries as load_entries,
+        round_entries as round_entries,
+        store_entries as store_entries,
+    )
+    from kernels.page_layout import (
+        CacheDtype as CacheDtype,
+        EntryKind as EntryKind,
+        PageLayout as PageLayout,
+    )
+    from kernels.q_norm_rope.api import q_norm_rope as q_norm_rope
+    from kernels.quant.api import (
+        act_quant as act_quant,
+        block_amax as block_amax,
+        dequant_fp4 as dequant_fp4,
+        dequant_fp8 as dequant_fp8,
+        fake_quant_fp4 as fake_quant_fp4,
+        fake_quant_fp8 as fake_quant_fp8,
+        pack_fp4 as pack_fp4,
+        quant_fp8_weight as quant_fp8_weight,
+    )
+    from kernels.rms_norm.api import rms_norm as rms_norm
+    from kernels.rope.api import apply_rope as apply_rope
+    from kernels.sparse_attention.api import (
+        EntryPages as EntryPages,
+        WindowRing as WindowRing,
+        WindowRows as WindowRows,
+        sparse_attention as sparse_attention,
+    )
+    from kernels.swiglu.api import swiglu as swiglu
+    from kernels.topk.api import topk_merge as topk_merge, topk_select as topk_select
+    from kernels.weight import BlockWeight as BlockWeight
+    # isort: on
 
 # Public name -> module that defines it.
 _EXPORTS: dict[str, str] = {

@@ -55,7 +55,9 @@ def check_tensor(
 
 
 def _shape_matches(got: tuple[int, ...], want: tuple[int | None, ...]) -> bool:
-    return len(got) == len(want) and all(w is None or g == w for g, w in zip(got, want, strict=True))
+    return len(got) == len(want) and all(
+        w is None or g == w for g, w in zip(got, want, strict=True)
+    )
 
 
 def _same_device(got: torch.device, want: torch.device) -> bool:

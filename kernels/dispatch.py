@@ -1,8 +1,9 @@
 """Which implementation of each op runs on a device: one visible table, built once, never changed.
 
-Every public op has a line in ``_FOLDERS``; every op has the torch reference. A faster implementation
-joins by a line in ``_FASTER``: the first one whose needs the device meets is chosen, for the life of
-the process. There is no fallback: if the chosen module cannot be imported or run, that is an error.
+Every public op has a line in ``_FOLDERS``; every op has the torch reference. A faster
+implementation joins by a line in ``_FASTER``: the first one whose needs the device meets is chosen,
+for the life of the process. There is no fallback: if the chosen module cannot be imported or run,
+that is an error.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ _FASTER: dict[str, tuple[Implementation, ...]] = {}
 
 @functools.cache
 def _table(device_type: str, index: int) -> Mapping[str, Implementation]:
-    device = torch.device(device_type, index) if device_type == "cuda" else torch.device(device_type)
+    device = torch.device("cpu") if device_type == "cpu" else torch.device(device_type, index)
     cap = capability(device)
     chosen: dict[str, Implementation] = {}
     for op, folder in _FOLDERS.items():

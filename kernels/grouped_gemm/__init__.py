@@ -1,0 +1,1 @@
+"""Feed-forward of many experts over rows grouped by expert."""

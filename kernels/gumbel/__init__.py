@@ -1,0 +1,1 @@
+"""Counter-based Gumbel noise for sampling."""

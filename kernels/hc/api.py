@@ -1,0 +1,117 @@
+"""Hyper-connections: R residual streams are collapsed before a sub-layer and mixed after it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.contract import KernelContractError, check_tensor
+from kernels.dispatch import kernel
+
+_FLOATS = (torch.float32, torch.bfloat16)
+
+
+def hc_pre(
+    x: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    *,
+    iters: int,
+    eps: float,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Collapse the streams to a sub-layer's input, and make the factors that ``hc_post`` needs.
+
+    All in float32. ``mix = (flat @ fn^T) * rsqrt(mean(flat^2) + norm_eps)`` over the R * D values
+    of a token; ``pre = sigmoid(..) + eps``, ``post = 2 sigmoid(..)``. comb starts as a row softmax
+    plus eps and a column normalisation, then come ``iters - 1`` times rows and columns (each
+    divides by sum + eps), so its columns are normalised last.
+
+    Args:
+        x: streams [T, R, D] float32 or bfloat16.
+        fn: float32 [(2 + R) * R, R * D]; rows: R pre, R post, R * R comb (source-major).
+        scale: float32 [3], of pre, post and comb.
+        base: float32 [(2 + R) * R].
+        iters: column normalisations, >= 1 (``hc_sinkhorn_iters``).
+        eps: ``hc_eps``.
+        norm_eps: ``rms_norm_eps``.
+
+    Returns:
+        ``(out, post, comb)``: [T, D] in ``x.dtype``; float32 [T, R]; float32 [T, R, R] as [source,
+        destination].
+    """
+    check_tensor("hc_pre: x", x, shape=(None, None, None), dtype=_FLOATS)
+    streams, width = x.shape[1], x.shape[2]
+    mixes = (2 + streams) * streams
+    _check_params("hc_pre", x, fn, scale, base, mixes, streams * width, 3)
+    if iters < 1:
+        raise KernelContractError(f"hc_pre: iters: expected >= 1, got {iters}")
+    out: tuple[Tensor, Tensor, Tensor] = kernel("hc_pre", x.device)(
+        x, fn, scale, base, iters=iters, eps=eps, norm_eps=norm_eps
+    )
+    return out
+
+
+def hc_post(a: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    """``X'_k = post_k * a + sum_j comb[j, k] * X_j``, float32 inside, one cast.
+
+    Args:
+        a: the sub-layer's output [T, D], same dtype as ``x``.
+        x: streams [T, R, D] float32 or bfloat16.
+        post: float32 [T, R].
+        comb: float32 [T, R, R], [source, destination].
+
+    Returns:
+        New streams [T, R, D] in ``x.dtype``.
+    """
+    check_tensor("hc_post: x", x, shape=(None, None, None), dtype=_FLOATS)
+    rows, streams, width = x.shape
+    check_tensor("hc_post: a", a, shape=(rows, width), dtype=x.dtype, device=x.device)
+    check_tensor("hc_post: post", post, shape=(rows, streams), dtype=torch.float32, device=x.device)
+    check_tensor(
+        "hc_post: comb", comb, shape=(rows, streams, streams), dtype=torch.float32, device=x.device
+    )
+    out: Tensor = kernel("hc_post", x.device)(a, x, post, comb)
+    return out
+
+
+def hc_head(
+    x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, eps: float, norm_eps: float
+) -> Tensor:
+    """Collapse the streams once at the end: as ``hc_pre``'s ``out``, with its own weights.
+
+    Args:
+        x: streams [T, R, D] float32 or bfloat16.
+        fn: float32 [R, R * D].
+        scale: float32 [1].
+        base: float32 [R].
+        eps: ``hc_eps``.
+        norm_eps: ``rms_norm_eps``.
+
+    Returns:
+        [T, D] in ``x.dtype``.
+    """
+    check_tensor("hc_head: x", x, shape=(None, None, None), dtype=_FLOATS)
+    streams, width = x.shape[1], x.shape[2]
+    _check_params("hc_head", x, fn, scale, base, streams, streams * width, 1)
+    out: Tensor = kernel("hc_head", x.device)(x, fn, scale, base, eps=eps, norm_eps=norm_eps)
+    return out
+
+
+def _check_params(
+    op: str,
+    x: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    mixes: int,
+    columns: int,
+    scales: int,
+) -> None:
+    for name, tensor, shape in (
+        ("fn", fn, (mixes, columns)),
+        ("scale", scale, (scales,)),
+        ("base", base, (mixes,)),
+    ):
+        check_tensor(f"{op}: {name}", tensor, shape=shape, dtype=torch.float32, device=x.device)

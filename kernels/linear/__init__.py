@@ -1,0 +1,1 @@
+"""Matrix product with weights in the checkpoint's formats."""

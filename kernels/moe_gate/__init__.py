@@ -1,0 +1,1 @@
+"""Expert selection and routing weights."""

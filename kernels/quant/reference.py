@@ -1,0 +1,136 @@
+"""Torch twins of the quantisation ops. Everything is float32 inside; scales are made on bits."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_E4M3_MAX = 448.0
+_AMAX_FLOOR = 1e-4
+_E2M1_MAX = 6.0
+_FP4_FLOOR = 6.0 * 2.0**-126
+_FP4_BLOCK = 32
+_WEIGHT_BLOCK = 128
+_E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def _split(x: Tensor, block: int, col_offset: int) -> Tensor:
+    """[.., k] -> float32 [.., nblocks, block], zeros where a block reaches beyond the columns."""
+    front = col_offset % block
+    back = -(front + x.shape[-1]) % block
+    padded = F.pad(x.float(), (front, back))
+    return torch.unflatten(padded, -1, (padded.shape[-1] // block, block))
+
+
+def _join(blocks: Tensor, columns: int, block: int, col_offset: int) -> Tensor:
+    front = col_offset % block
+    return blocks.flatten(-2)[..., front : front + columns]
+
+
+def _scale_byte(ratio: Tensor) -> Tensor:
+    """E8M0 byte (int32) of the smallest power of two >= ratio (float32, > 0); NaN gives 255."""
+    bits = ratio.contiguous().view(torch.int32)
+    byte = (bits >> 23) + ((bits & 0x7FFFFF) != 0).int()
+    return byte.clamp(max=255)
+
+
+def _scale_value(byte: Tensor) -> Tensor:
+    """float32 value of E8M0 bytes."""
+    byte = byte.int()
+    bits = byte << 23
+    bits = bits.masked_fill(byte == 0, 0x00400000)  # 2^-127 is subnormal in float32
+    return bits.masked_fill(byte == 255, 0x7FC00000).view(torch.float32)
+
+
+def _fp8_scale_byte(amax: Tensor) -> Tensor:
+    return _scale_byte(amax.clamp(min=_AMAX_FLOOR) * (1.0 / _E4M3_MAX))
+
+
+def _to_e4m3(scaled: Tensor) -> Tensor:
+    return scaled.clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def block_amax(x: Tensor, block: int, col_offset: int = 0) -> Tensor:
+    return _split(x, block, col_offset).abs().amax(-1)
+
+
+def fake_quant_fp8(
+    x: Tensor, block: int, amax: Tensor | None = None, col_offset: int = 0
+) -> Tensor:
+    blocks = _split(x, block, col_offset)
+    peak = blocks.abs().amax(-1) if amax is None else amax
+    scale = _scale_value(_fp8_scale_byte(peak)).unsqueeze(-1)
+    values = _to_e4m3(blocks / scale).float() * scale
+    return _join(values, x.shape[-1], block, col_offset).to(x.dtype)
+
+
+def act_quant(x: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
+    blocks = _split(x, block, 0)
+    scale = _scale_value(_fp8_scale_byte(blocks.abs().amax(-1)))
+    codes = _to_e4m3(blocks / scale.unsqueeze(-1))
+    return _join(codes, x.shape[-1], block, 0).contiguous(), scale
+
+
+def _e2m1_code(magnitude: Tensor) -> Tensor:
+    """Code 0..7 nearest to a magnitude; a tie goes to the even code, whose mantissa bit is 0."""
+    m = magnitude
+    return (
+        (m > 0.25).int()
+        + (m >= 0.75).int()
+        + (m > 1.25).int()
+        + (m >= 1.75).int()
+        + (m > 2.5).int()
+        + (m >= 3.5).int()
+        + (m > 5.0).int()
+    )
+
+
+def _fp4_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks [.., k/32, 32] and E8M0 bytes [.., k/32] of the FP4 rule."""
+    blocks = _split(x, _FP4_BLOCK, 0)
+    byte = _scale_byte(blocks.abs().amax(-1).clamp(min=_FP4_FLOOR) * (1.0 / _E2M1_MAX))
+    return blocks, byte
+
+
+def fake_quant_fp4(x: Tensor) -> Tensor:
+    blocks, byte = _fp4_blocks(x)
+    scale = _scale_value(byte).unsqueeze(-1)
+    table = torch.tensor(_E2M1_VALUES, device=x.device)
+    magnitude = table[_e2m1_code((blocks / scale).abs())]
+    values = torch.copysign(magnitude, blocks) * scale
+    return values.flatten(-2).to(x.dtype)
+
+
+def pack_fp4(x: Tensor) -> tuple[Tensor, Tensor]:
+    blocks, byte = _fp4_blocks(x)
+    scaled = blocks / _scale_value(byte).unsqueeze(-1)
+    codes = (_e2m1_code(scaled.abs()) + 8 * torch.signbit(scaled).int()).flatten(-2)
+    packed = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    return packed.to(torch.uint8).view(torch.int8), byte.to(torch.uint8)
+
+
+def dequant_fp4(packed: Tensor, scale_u8: Tensor) -> Tensor:
+    table = torch.tensor(_E2M1_VALUES + tuple(-v for v in _E2M1_VALUES), device=packed.device)
+    codes = packed.view(torch.uint8).int()
+    values = torch.stack((table[codes & 15], table[codes >> 4]), dim=-1).flatten(-2)
+    blocks = torch.unflatten(values, -1, (scale_u8.shape[-1], _FP4_BLOCK))
+    return (blocks * _scale_value(scale_u8).unsqueeze(-1)).flatten(-2)
+
+
+def dequant_fp8(data: Tensor, scale_u8: Tensor, row_offset: int = 0, col_offset: int = 0) -> Tensor:
+    n, k = data.shape
+    scale = _scale_value(scale_u8)
+    row = (torch.arange(n, device=data.device) + row_offset) // _WEIGHT_BLOCK
+    col = (torch.arange(k, device=data.device) + col_offset) // _WEIGHT_BLOCK
+    return data.float().mul_(scale[:, col][row])
+
+
+def quant_fp8_weight(w: Tensor) -> tuple[Tensor, Tensor]:
+    n, k = w.shape
+    blocks = _split(w, _WEIGHT_BLOCK, 0)  # [n, kb, 128]
+    blocks = F.pad(blocks, (0, 0, 0, 0, 0, -n % _WEIGHT_BLOCK))
+    blocks = torch.unflatten(blocks, 0, (blocks.shape[0] // _WEIGHT_BLOCK, _WEIGHT_BLOCK))
+    byte = _fp8_scale_byte(blocks.abs().amax(dim=(1, 3)))  # [nb, kb]
+    codes = _to_e4m3(blocks / _scale_value(byte)[:, None, :, None])
+    return codes.flatten(2).flatten(0, 1)[:n, :k].contiguous(), byte.to(torch.uint8)
