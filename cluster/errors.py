@@ -29,3 +29,7 @@ class WorkerFailure(RuntimeError):  # noqa: N818  (the name the field uses)
 
 class EngineDead(RuntimeError):  # noqa: N818
     """The ranks failed more often than ``cluster.max_rebuilds`` allows; nothing is served any more."""
+
+
+class ConfigError(ValueError):
+    """A config file, a ``--set`` or a combination of keys that cannot be used (exit 2)."""
