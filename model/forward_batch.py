@@ -86,6 +86,19 @@ class ScratchPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PickPlan:
+    """Rows of a prefill step that every rank needs (last tokens, scored rows).
+
+    ``local`` are this rank's rows among them, ``counts`` each cp rank's share, ``order`` maps the
+    wanted order to the gathered (rank-major) one.
+    """
+
+    local: Tensor
+    counts: tuple[int, ...]
+    order: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillBatch:
     """One prefill step on one rank.
 

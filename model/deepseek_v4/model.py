@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels import Numerics, linear, prepare_weight, rms_norm
+from kernels import linear, prepare_weight, rms_norm
 from model.deepseek_v4.block import Block
 from model.deepseek_v4.hyper_connection import HyperHead
 from model.deepseek_v4.mtp import MTPBlock
 from model.parallel.expert import ExpertParallel
 
 if TYPE_CHECKING:
+    from kernels import Numerics
     from model.cache_spec import LayerCache
     from model.checkpoint.loader import WeightDict
     from model.deepseek_v4.config import DeepSeekV4Config
@@ -107,8 +107,3 @@ class DeepSeekV4:
     def _streams(self, ids: Tensor) -> Tensor:
         x = self.embedding(ids)
         return x[:, None].expand(-1, self.config.hc_mult, -1).contiguous()
-
-
-def model_dtype(numerics: str) -> torch.dtype:
-    """Compute dtype of a ``model.numerics`` name."""
-    return Numerics(numerics).dtype

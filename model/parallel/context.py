@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from model.forward_batch import RowExchange, ScratchPlan
+from model.forward_batch import PickPlan, RowExchange, ScratchPlan
 from model.parallel.collectives import Group
 
 
@@ -39,3 +39,8 @@ def gather_entries(cp: Group, entries: Tensor, counts: Sequence[int] | None) -> 
 def gather_pages(cp: Group, pool: Tensor, plan: ScratchPlan) -> Tensor:
     """Collect the owners' pages, as bytes, into one scratch pool uint8 [sum(counts), page_bytes]."""
     return cp.all_gather_v(pool[plan.pages], plan.counts)
+
+
+def pick_rows(cp: Group, local: Tensor, plan: PickPlan) -> Tensor:
+    """Hand chosen rows, each computed by one cp rank, to every rank, in the plan's order."""
+    return cp.all_gather_v(local[plan.local], plan.counts)[plan.order]

@@ -1,0 +1,343 @@
+"""A prefill StepPlan and this rank's coordinate -> PrefillBatch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.cache_spec import CacheSpec
+from model.deepseek_v4.config import CSA_RATIO
+from model.forward_batch import (
+    GroupPlan,
+    PickPlan,
+    PrefillBatch,
+    RowExchange,
+    ScratchPlan,
+    WindowPlan,
+)
+from model.parallel.config import MeshCoord, ParallelConfig
+from model.parallel.partition import (
+    RowPlan,
+    cut,
+    entry_plan,
+    find_token,
+    group_wants,
+    local_index,
+    local_tokens,
+    mtp_segments,
+    plan_rows,
+    window_wants,
+)
+from model.parallel.ranges import Chunk, RowRange, Segment
+from worker.kv_cache import KVCachePool
+from worker.protocol import PrefillSlice
+from worker.slots import SlotTable
+
+Indices = np.ndarray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MTPFill:
+    """Local rows whose MTP window latent is kept, and how they travel."""
+
+    local: Tensor
+    positions: Tensor
+    plan: WindowPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillStep:
+    """A batch and what the runner needs around it.
+
+    ``next_ids`` [T] is the token after each local row (0 where unknown); ``fill`` is None without MTP.
+    """
+
+    batch: PrefillBatch
+    chunks: tuple[Chunk, ...]
+    segments: tuple[tuple[Segment, ...], ...]
+    next_ids: Tensor
+    fill: MTPFill | None
+
+
+class PrefillBuilder:
+    """Builds prefill batches for one rank."""
+
+    def __init__(
+        self,
+        spec: CacheSpec,
+        parallel: ParallelConfig,
+        coord: MeshCoord,
+        pool: KVCachePool,
+        slots: SlotTable,
+        device: torch.device,
+    ) -> None:
+        self.spec, self.parallel, self.coord = spec, parallel, coord
+        self.pool, self.slots, self.device = pool, slots, device
+        self.window = spec.config.sliding_window
+        self.publish_all = parallel.cp_gather == "kv_bf16"
+
+    def build(self, slices: Sequence[PrefillSlice]) -> PrefillStep:
+        """Cut the step's chunks and plan everything that moves."""
+        chunks = tuple(Chunk(s.start, s.start + len(s.token_ids)) for s in slices)
+        segments = cut(chunks, self.coord.cp, self.parallel.cp_min_tokens)
+        request, position = local_tokens(segments[self.coord.cp_rank])
+        ids, next_ids = self._local_ids(slices, request, position)
+        indices = [s.slot for s in slices]
+        block_table, main_table = self.slots.tables(indices)
+        positions = self._tensor(position)
+        batch = PrefillBatch(
+            input_ids=self._tensor(ids),
+            positions=positions,
+            row_seq=self._tensor(request),
+            replicated=self.coord.cp == 1,
+            num_entries={
+                r: torch.div(positions + 1, r, rounding_mode="floor")
+                for r in sorted(set(self.spec.ratios) - {0})
+            },
+            window=self._window(slices, chunks, segments),
+            groups={
+                r: self._group(r, slices, chunks, segments, block_table, main_table)
+                for r in sorted(set(self.spec.ratios) - {0})
+            },
+            block_table=self._tensor(block_table),
+            main_block_table=self._tensor(main_table),
+            scratch=self._scratch(chunks, block_table),
+        )
+        fill = self._mtp_fill(slices, chunks, segments) if self.spec.with_mtp else None
+        return PrefillStep(
+            batch=batch,
+            chunks=chunks,
+            segments=segments,
+            next_ids=self._tensor(next_ids),
+            fill=fill,
+        )
+
+    def pick(self, step: PrefillStep, wanted: Iterable[tuple[int, int]]) -> PickPlan:
+        """Plan handing the rows (request, position) to every rank."""
+        found = [find_token(step.segments, r, p) for r, p in wanted]
+        per_rank: list[list[int]] = [[] for _ in range(self.coord.cp)]
+        place = []
+        for rank, index in found:
+            place.append((rank, len(per_rank[rank])))
+            per_rank[rank].append(index)
+        starts = np.cumsum([0] + [len(p) for p in per_rank])
+        order = np.array([starts[rank] + i for rank, i in place], dtype=np.int64)
+        local = np.array(per_rank[self.coord.cp_rank], dtype=np.int64)
+        return PickPlan(
+            local=self._tensor(local),
+            counts=tuple(len(p) for p in per_rank),
+            order=self._tensor(order),
+        )
+
+    def _local_ids(
+        self, slices: Sequence[PrefillSlice], request: Indices, position: Indices
+    ) -> tuple[Indices, Indices]:
+        ids = np.zeros_like(position)
+        next_ids = np.zeros_like(position)
+        for i, s in enumerate(slices):
+            own = request == i
+            tokens = np.array([*s.token_ids, max(s.next_token, 0)], dtype=np.int64)
+            ids[own] = tokens[position[own] - s.start]
+            next_ids[own] = tokens[position[own] - s.start + 1]
+        return ids, next_ids
+
+    def _window(
+        self,
+        slices: Sequence[PrefillSlice],
+        chunks: Sequence[Chunk],
+        segments: Sequence[Sequence[Segment]],
+    ) -> WindowPlan:
+        own, shared = window_wants(chunks, segments, self.window, _tails(slices))
+        plan = plan_rows(
+            chunks,
+            segments,
+            rank_wants=own,
+            shared_wants=shared,
+            publish_all=self.publish_all,
+        )
+        return self._window_plan(plan, slices, chunks, segments[self.coord.cp_rank])
+
+    def _window_plan(
+        self,
+        plan: RowPlan,
+        slices: Sequence[PrefillSlice],
+        chunks: Sequence[Chunk],
+        segments: Sequence[Segment],
+    ) -> WindowPlan:
+        rank, back = self.coord.cp_rank, self.window - 1
+        workspace, start, length, offset = [], [], [], 0
+        for s in segments:
+            first = max(0, s.start - back)
+            workspace.append(plan.index(rank, RowRange(s.request, first, s.end)))
+            t = np.arange(s.start, s.end, dtype=np.int64)
+            start.append(offset + np.maximum(t - back, 0) - first)
+            length.append(np.minimum(t + 1, self.window))
+            offset += s.end - first
+        keep_source, keep_dest, tail_source, tail_dest = [], [], [], []
+        for i, (s, c) in enumerate(zip(slices, chunks, strict=True)):
+            first = max(c.start, c.end - back)
+            keep_source.append(plan.index(rank, RowRange(i, first, c.end)))
+            keep_dest.append(self.pool.window_rows(s.slot, np.arange(first, c.end)))
+            for save in s.save_tails:
+                rows = RowRange(i, save.position - back, save.position)
+                tail_source.append(plan.index(rank, rows))
+                tail_dest.append(self.pool.tail_window_rows(save.tail))
+        request, position = plan.carried_rows()
+        carried = _carried(request, position, slices, self.spec.ring_rows)
+        return WindowPlan(
+            rows=RowExchange(
+                send=self._tensor(plan.local_rows(rank)),
+                counts=plan.counts,
+                carried=self._tensor(carried),
+                state_source=self._join(keep_source),
+                state_dest=self._join(keep_dest),
+                tail_source=self._join(tail_source),
+                tail_dest=self._join(tail_dest),
+            ),
+            workspace=self._join(workspace),
+            start=self._join(start),
+            length=self._join(length),
+        )
+
+    def _group(
+        self,
+        ratio: int,
+        slices: Sequence[PrefillSlice],
+        chunks: Sequence[Chunk],
+        segments: Sequence[Sequence[Segment]],
+        block_table: Indices,
+        main_table: Indices,
+    ) -> GroupPlan:
+        rank, overlap = self.coord.cp_rank, ratio == CSA_RATIO
+        back = int(overlap)
+        everyone = self.publish_all or self.coord.cp == 1
+        own, shared = group_wants(
+            chunks, segments, ratio, overlap, _tails(slices), everyone=everyone
+        )
+        plan = plan_rows(
+            chunks,
+            segments,
+            rank_wants=own,
+            shared_wants=shared,
+            publish_all=self.publish_all,
+        )
+        entries = entry_plan(chunks, segments, ratio, everyone=everyone)
+        row_index = [np.zeros((0, ratio * (1 + back)), dtype=np.int64)]
+        for request, w0, w1 in entries.ranges[rank]:
+            first = max(0, (w0 - back) * ratio)
+            rows = plan.index(rank, RowRange(request, first, w1 * ratio)).reshape(-1, ratio)
+            if overlap:
+                if w0 == 0:
+                    rows = np.concatenate([np.full((1, ratio), -1, dtype=np.int64), rows])
+                rows = np.concatenate([rows[:-1], rows[1:]], axis=1)
+            row_index.append(rows)
+        keep_source, keep_dest, tail_source, tail_dest = [], [], [], []
+        for i, (s, c) in enumerate(zip(slices, chunks, strict=True)):
+            first = max(c.start, (c.end // ratio - back) * ratio)
+            keep_source.append(plan.index(rank, RowRange(i, first, c.end)))
+            keep_dest.append(self.pool.state_rows(ratio, s.slot, np.arange(first, c.end)))
+            for save in s.save_tails if overlap else ():
+                rows_before = RowRange(i, save.position - ratio, save.position)
+                tail_source.append(plan.index(rank, rows_before))
+                tail_dest.append(self.pool.tail_state_rows(save.tail))
+        request, position = plan.carried_rows()
+        carried = _carried(request, position, slices, self.spec.state_rows(ratio))
+        _, pooled = entries.pooled(rank)
+        everything = entries.gathered()
+        index_slots = np.zeros(0, dtype=np.int64)
+        if ratio == CSA_RATIO:
+            index_slots = self._page_slots(block_table, ratio, *everything)
+        return GroupPlan(
+            rows=RowExchange(
+                send=self._tensor(plan.local_rows(rank)),
+                counts=plan.counts,
+                carried=self._tensor(carried),
+                state_source=self._join(keep_source),
+                state_dest=self._join(keep_dest),
+                tail_source=self._join(tail_source),
+                tail_dest=self._join(tail_dest),
+            ),
+            row_index=self._tensor(np.concatenate(row_index)),
+            positions=self._tensor(pooled * ratio),
+            counts=None if everyone else entries.counts,
+            main_slots=self._tensor(self._page_slots(main_table, ratio, *everything)),
+            index_slots=self._tensor(index_slots),
+        )
+
+    def _page_slots(
+        self, table: Indices, ratio: int, request: Indices, entry: Indices
+    ) -> Indices:
+        """Page slot of each (request, entry); -1 where the block's page is not on this rank."""
+        n = self.spec.storage_block_size(ratio)
+        page = table[request, entry // n].astype(np.int64)
+        return np.where(page >= 0, page * n + entry % n, -1)
+
+    def _scratch(self, chunks: Sequence[Chunk], block_table: Indices) -> ScratchPlan | None:
+        if not self.slots.sharded:
+            return None
+        cp = self.coord.cp
+        per_rank: list[list[int]] = [[] for _ in range(cp)]
+        places = []
+        for i, c in enumerate(chunks):
+            for column in range(-(-c.end // self.spec.block_size)):
+                block = int(block_table[i, column])
+                places.append((i, column, block % cp, len(per_rank[block % cp])))
+                per_rank[block % cp].append(block // cp)
+        starts = np.cumsum([0] + [len(p) for p in per_rank])
+        table = np.full_like(block_table, -1)
+        for i, column, owner, index in places:
+            table[i, column] = starts[owner] + index
+        pages = np.array(per_rank[self.coord.cp_rank], dtype=np.int64)
+        return ScratchPlan(
+            pages=self._tensor(pages),
+            counts=tuple(len(p) for p in per_rank),
+            block_table=self._tensor(table),
+        )
+
+    def _mtp_fill(
+        self,
+        slices: Sequence[PrefillSlice],
+        chunks: Sequence[Chunk],
+        segments: Sequence[Sequence[Segment]],
+    ) -> MTPFill:
+        kept = mtp_segments(chunks, segments, self.window, _tails(slices))
+        _, shared = window_wants(chunks, segments, self.window, _tails(slices))
+        plan = plan_rows(
+            chunks,
+            kept,
+            rank_wants=[()] * self.coord.cp,
+            shared_wants=shared,
+            publish_all=False,
+        )
+        rank = self.coord.cp_rank
+        ranges = [RowRange(s.request, s.start, s.end) for s in kept[rank]]
+        _, position = local_tokens(kept[rank])
+        return MTPFill(
+            local=self._tensor(local_index(segments[rank], ranges)),
+            positions=self._tensor(position),
+            plan=self._window_plan(plan, slices, chunks, ()),
+        )
+
+    def _tensor(self, values: Indices) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
+
+    def _join(self, parts: list[Indices]) -> Tensor:
+        empty = np.zeros(0, dtype=np.int64)
+        return self._tensor(np.concatenate([empty, *parts]).astype(np.int64))
+
+
+def _tails(slices: Sequence[PrefillSlice]) -> list[list[int]]:
+    return [[save.position for save in s.save_tails] for s in slices]
+
+
+def _carried(
+    request: Indices, position: Indices, slices: Sequence[PrefillSlice], ring: int
+) -> Indices:
+    slot = np.array([s.slot for s in slices], dtype=np.int64)
+    return slot[request] * ring + position % ring
+
+
