@@ -15,18 +15,18 @@ from kernels.weight import BlockWeight
 def prepare_weight(weight: BlockWeight) -> PreparedWeight:
     data, scale = weight.data, weight.scale
     if scale is None:
-        matrix, kind = data.float(), WeightKind.PLAIN
+        values, kind = data.float(), WeightKind.PLAIN
     elif data.dtype == torch.int8:
         if weight.row_offset:
             raise KernelContractError(
                 f"prepare_weight: row_offset: expected 0 for FP4 data, got {weight.row_offset}"
             )
-        matrix, kind = dequant_fp4(data, scale), WeightKind.FP4
+        values, kind = dequant_fp4(data, scale), WeightKind.FP4
     else:
-        matrix = dequant_fp8(data, scale, weight.row_offset, weight.col_offset)
+        values = dequant_fp8(data, scale, weight.row_offset, weight.col_offset)
         kind = WeightKind.FP8
     return PreparedWeight(
-        matrix=matrix, kind=kind, row_offset=weight.row_offset, col_offset=weight.col_offset
+        data=values, kind=kind, row_offset=weight.row_offset, col_offset=weight.col_offset
     )
 
 
@@ -42,4 +42,4 @@ def linear(
         x_in = fake_quant_fp8(x, BLOCK, amax, w.col_offset)
     else:
         x_in = x
-    return F.linear(x_in.float(), w.matrix).to(x.dtype if out_dtype is None else out_dtype)
+    return F.linear(x_in.float(), w.data).to(x.dtype if out_dtype is None else out_dtype)
