@@ -32,16 +32,16 @@ class WeightKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedWeight:
-    """A weight as ``linear`` reads it: the dequantised float32 values (exact) and their origin.
+    """A weight as ``linear`` reads it: the dequantised float32 matrix (exact) and its origin.
 
     Args:
-        data: float32 [n, k].
+        matrix: float32 [n, k].
         kind: the checkpoint format.
-        row_offset: rows of the first 128-block before ``data``, 0..127.
+        row_offset: rows of the first 128-block before ``matrix``, 0..127.
         col_offset: likewise for columns; activation blocks are aligned by it.
     """
 
-    data: Tensor
+    matrix: Tensor
     kind: WeightKind
     row_offset: int = 0
     col_offset: int = 0
@@ -49,23 +49,23 @@ class PreparedWeight:
     @property
     def out_features(self) -> int:
         """Rows, n."""
-        return self.data.shape[0]
+        return self.matrix.shape[0]
 
     @property
     def in_features(self) -> int:
         """Columns, k."""
-        return self.data.shape[1]
+        return self.matrix.shape[1]
 
     @property
     def device(self) -> torch.device:
-        """Where the values are."""
-        return self.data.device
+        """Where the matrix is."""
+        return self.matrix.device
 
     def rows(self, start: int, stop: int) -> PreparedWeight:
         """The rows ``start:stop`` as a view; no copy."""
         _check_range("rows", start, stop, self.out_features)
         return PreparedWeight(
-            data=self.data[start:stop],
+            matrix=self.matrix[start:stop],
             kind=self.kind,
             row_offset=(self.row_offset + start) % BLOCK,
             col_offset=self.col_offset,
@@ -75,7 +75,7 @@ class PreparedWeight:
         """The columns ``start:stop`` as a view; no copy. Activation blocks stay where they were."""
         _check_range("cols", start, stop, self.in_features)
         return PreparedWeight(
-            data=self.data[:, start:stop],
+            matrix=self.matrix[:, start:stop],
             kind=self.kind,
             row_offset=self.row_offset,
             col_offset=(self.col_offset + start) % BLOCK,

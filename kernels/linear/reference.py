@@ -15,18 +15,18 @@ from kernels.weight import BlockWeight
 def prepare_weight(weight: BlockWeight) -> PreparedWeight:
     data, scale = weight.data, weight.scale
     if scale is None:
-        values, kind = data.float(), WeightKind.PLAIN
+        matrix, kind = data.float(), WeightKind.PLAIN
     elif data.dtype == torch.int8:
         if weight.row_offset:
             raise KernelContractError(
                 f"prepare_weight: row_offset: expected 0 for FP4 data, got {weight.row_offset}"
             )
-        values, kind = dequant_fp4(data, scale), WeightKind.FP4
+        matrix, kind = dequant_fp4(data, scale), WeightKind.FP4
     else:
-        values = dequant_fp8(data, scale, weight.row_offset, weight.col_offset)
+        matrix = dequant_fp8(data, scale, weight.row_offset, weight.col_offset)
         kind = WeightKind.FP8
     return PreparedWeight(
-        data=values, kind=kind, row_offset=weight.row_offset, col_offset=weight.col_offset
+        matrix=matrix, kind=kind, row_offset=weight.row_offset, col_offset=weight.col_offset
     )
 
 
@@ -42,4 +42,4 @@ def linear(
         x_in = fake_quant_fp8(x, BLOCK, amax, w.col_offset)
     else:
         x_in = x
-    return F.linear(x_in.float(), w.data).to(x.dtype if out_dtype is None else out_dtype)
+    return F.linear(x_in.float(), w.matrix).to(x.dtype if out_dtype is None else out_dtype)
