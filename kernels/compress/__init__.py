@@ -1,0 +1,1 @@
+"""Compressor: per-token rows and pooled entries."""

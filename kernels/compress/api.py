@@ -1,0 +1,128 @@
+"""The compressor: per-token rows, and entries pooled from them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.contract import KernelContractError, check_tensor
+from kernels.dispatch import kernel
+from kernels.index_query.api import check_index_dim
+from kernels.kv_norm_rope.api import check_nope_blocks
+from kernels.linear.api import PreparedWeight
+from kernels.rope.api import check_rope_inputs
+
+_FLOATS = (torch.float32, torch.bfloat16)
+_OVERLAP = {4: 2, 128: 1}  # ratio -> groups an entry pools
+
+
+def compressor_rows(
+    x: Tensor, wkv: PreparedWeight, wgate: PreparedWeight, ape: Tensor, positions: Tensor
+) -> Tensor:
+    """``u = f32(x) wkv^T`` and ``g = f32(x) wgate^T + ape[position mod r]`` of each token.
+
+    Args:
+        x: float32 or bfloat16 [T, D].
+        wkv, wgate: [w, D] (bfloat16 or float32 weights, used in f32).
+        ape: float32 [r, w].
+        positions: int64 [T].
+
+    Returns:
+        float32 [T, 2 * w]: u, then g.
+
+    Raises:
+        KernelContractError: wrong shape, dtype or device.
+    """
+    check_tensor("compressor_rows: x", x, shape=(None, None), dtype=_FLOATS)
+    check_tensor(
+        "compressor_rows: ape", ape, shape=(None, None), dtype=torch.float32, device=x.device
+    )
+    check_tensor(
+        "compressor_rows: positions",
+        positions,
+        shape=(x.shape[0],),
+        dtype=torch.int64,
+        device=x.device,
+    )
+    want = (ape.shape[1], x.shape[1])
+    for name, weight in (("wkv", wkv), ("wgate", wgate)):
+        check_tensor(f"compressor_rows: {name}", weight.matrix, shape=want, device=x.device)
+    result: Tensor = kernel("compressor_rows", x.device)(x, wkv, wgate, ape, positions)
+    return result
+
+
+def compress(
+    rows: Tensor,
+    row_index: Tensor,
+    norm_weight: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor,
+    eps: float,
+    *,
+    ratio: int,
+    index: bool,
+    quantize: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Pool token rows into entries: per-channel softmax of g over the rows, weighting u.
+
+    Ratio 4 pools 8 rows of width w = 2d: slots 0..3 (the previous group) read columns [0:d) of u and
+    g, slots 4..7 (the own group) columns [d:2d). Ratio 128 pools 128 rows of width w = d. Then: cast
+    to ``dtype``, RMSNorm, RoPE at ``positions``, and with ``quantize`` FQ8(64) on the dims before the
+    rotary ones (``index=False``) or Hadamard and FQ4(32) on all dims (``index=True``).
+
+    Args:
+        rows: float32 [N, 2 * w] of ``compressor_rows``.
+        row_index: int64 [E, 8] or [E, 128] into ``rows``; -1 = missing row (weight zero). An entry
+            whose rows are all missing pools to zero.
+        norm_weight: [d], float32 or bfloat16.
+        positions: int64 [E], position of the first token of the own group.
+        inv_freq: float32 [r/2].
+        eps: RMSNorm epsilon.
+        ratio: 4 or 128.
+        index: an indexer key instead of a KV latent.
+        quantize: apply the official rounding.
+        dtype: compute dtype, float32 or bfloat16.
+
+    Returns:
+        [E, d] in ``dtype``.
+
+    Raises:
+        KernelContractError: wrong shape, dtype, device or ratio; a row outside ``rows`` (checked on
+            the CPU); dims that do not divide into rounding blocks.
+    """
+    if ratio not in _OVERLAP:
+        raise KernelContractError(f"compress: ratio {ratio}, allowed: 4, 128")
+    if dtype not in _FLOATS:
+        raise KernelContractError(f"compress: dtype {dtype}, allowed: float32, bfloat16")
+    series = _OVERLAP[ratio]
+    head_dim = norm_weight.shape[0]
+    device = rows.device
+    check_tensor("compress: rows", rows, shape=(None, 2 * series * head_dim), dtype=torch.float32)
+    check_tensor(
+        "compress: row_index",
+        row_index,
+        shape=(None, series * ratio),
+        dtype=torch.int64,
+        device=device,
+    )
+    check_tensor("compress: norm_weight", norm_weight, shape=(None,), dtype=_FLOATS, device=device)
+    entries = rows.new_empty((row_index.shape[0], head_dim))
+    check_rope_inputs("compress", entries, positions, inv_freq)
+    if index:
+        check_index_dim("compress", head_dim, quantize)
+    else:
+        check_nope_blocks("compress", head_dim, inv_freq, quantize)
+    result: Tensor = kernel("compress", device)(
+        rows,
+        row_index,
+        norm_weight,
+        positions,
+        inv_freq,
+        eps,
+        ratio=ratio,
+        index=index,
+        quantize=quantize,
+        dtype=dtype,
+    )
+    return result

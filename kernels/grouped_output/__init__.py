@@ -1,0 +1,1 @@
+"""Inverse RoPE and the grouped output projection."""

@@ -1,0 +1,54 @@
+"""``grouped_output``: undo RoPE on the attention output, then the grouped first projection."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.contract import KernelContractError, check_tensor
+from kernels.dispatch import kernel
+from kernels.linear.api import PreparedWeight
+from kernels.rope.api import check_rope_inputs
+
+
+def grouped_output(
+    o: Tensor, positions: Tensor, inv_freq: Tensor, wo_a: PreparedWeight, num_groups: int
+) -> Tensor:
+    """Inverse RoPE at the query position (result in ``o.dtype``), then ``o_g wo_a_g^T`` per group.
+
+    Group g holds heads ``g * H/G ..`` and rows ``g * R ..`` of ``wo_a``. Activations are not
+    quantised; the sum is f32, cast once.
+
+    Args:
+        o: float32 or bfloat16 [T, H, d].
+        positions: int64 [T], positions of the queries.
+        inv_freq: float32 [r/2].
+        wo_a: [G * R, (H / G) * d].
+        num_groups: G.
+
+    Returns:
+        [T, G * R] in ``o.dtype``.
+
+    Raises:
+        KernelContractError: wrong shape, dtype or device; heads or rows that do not divide by G.
+    """
+    check_tensor(
+        "grouped_output: o", o, shape=(None, None, None), dtype=(torch.float32, torch.bfloat16)
+    )
+    check_rope_inputs("grouped_output", o, positions, inv_freq)
+    _, heads, dim = o.shape
+    rows = wo_a.matrix.shape[0]
+    if num_groups < 1 or heads % num_groups or rows % num_groups:
+        raise KernelContractError(
+            f"grouped_output: num_groups {num_groups} must be >= 1 and divide {heads} heads"
+            f" and {rows} rows of wo_a"
+        )
+    check_tensor(
+        "grouped_output: wo_a",
+        wo_a.matrix,
+        shape=(rows, heads // num_groups * dim),
+        dtype=torch.float32,
+        device=o.device,
+    )
+    result: Tensor = kernel("grouped_output", o.device)(o, positions, inv_freq, wo_a, num_groups)
+    return result

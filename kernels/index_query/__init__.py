@@ -1,0 +1,1 @@
+"""Indexer query: RoPE, Hadamard rotation, FP4 rounding."""

@@ -1,0 +1,1 @@
+"""Indexer scores of queries against paged index entries."""

@@ -1,0 +1,1 @@
+"""KV latent: RMSNorm, RoPE and the official FP8 rounding."""

@@ -1,0 +1,1 @@
+"""Entries in paged pools: store, load, round."""

@@ -1,0 +1,1 @@
+"""Per-head query norm and RoPE."""

@@ -1,0 +1,49 @@
+"""``apply_rope``: rotate the last dimensions of each row by its position."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.contract import KernelContractError, check_tensor
+from kernels.dispatch import kernel
+
+
+def apply_rope(x: Tensor, positions: Tensor, inv_freq: Tensor, inverse: bool = False) -> Tensor:
+    """Rotate the last ``r = 2 * len(inv_freq)`` dims as interleaved pairs (2i, 2i+1).
+
+    Args:
+        x: float32 or bfloat16 [T, d] or [T, H, d].
+        positions: int64 [T].
+        inv_freq: float32 [r/2]; the angle is f32(position) * inv_freq, rounded to f32 once.
+        inverse: rotate back (sin -> -sin).
+
+    Returns:
+        A new tensor like ``x``; math in f32, one cast.
+
+    Raises:
+        KernelContractError: wrong rank, shape, dtype or device, or r > d.
+    """
+    if x.dim() not in (2, 3):
+        raise KernelContractError(f"rope: x must be [T, d] or [T, H, d], got shape {list(x.shape)}")
+    check_tensor("rope: x", x, dtype=(torch.float32, torch.bfloat16))
+    check_rope_inputs("rope", x, positions, inv_freq)
+    result: Tensor = kernel("apply_rope", x.device)(x, positions, inv_freq, inverse)
+    return result
+
+
+def check_rope_inputs(op: str, x: Tensor, positions: Tensor, inv_freq: Tensor) -> None:
+    """Check ``positions`` [T] and ``inv_freq`` [r/2] against rows ``x`` [T, ..., d].
+
+    Raises:
+        KernelContractError: see ``apply_rope``.
+    """
+    check_tensor(
+        f"{op}: positions", positions, shape=(x.shape[0],), dtype=torch.int64, device=x.device
+    )
+    check_tensor(f"{op}: inv_freq", inv_freq, shape=(None,), dtype=torch.float32, device=x.device)
+    if 2 * inv_freq.numel() > x.shape[-1]:
+        raise KernelContractError(
+            f"{op}: inv_freq has {inv_freq.numel()} values for {2 * inv_freq.numel()} rotary dims,"
+            f" but rows have {x.shape[-1]}"
+        )

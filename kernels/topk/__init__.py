@@ -1,0 +1,1 @@
+"""Deterministic top-k selection and merge."""
