@@ -76,15 +76,15 @@ class DeepSeekV4Config:
     @property
     def softmax_scale(self) -> float:
         """Attention logit scale, head_dim ** -0.5."""
-        return self.head_dim**-0.5
+        return math.pow(self.head_dim, -0.5)
 
     @property
     def index_weight_scale(self) -> float:
         """Scale folded into the indexer's head weights: index_head_dim^-0.5 * index_n_heads^-0.5."""
-        return self.index_head_dim**-0.5 * self.index_n_heads**-0.5
+        return math.pow(self.index_head_dim, -0.5) * math.pow(self.index_n_heads, -0.5)
 
     def layer_ratio(self, layer: int) -> int:
-        """Compression ratio of a layer: 0 sliding only, 4 CSA, 128 HCA. Layer n_layers is the MTP block."""
+        """Compression ratio: 0 sliding only, 4 CSA, 128 HCA. Layer n_layers is the MTP block."""
         return 0 if layer >= self.num_hidden_layers else self.compress_ratios[layer]
 
     def is_hash_layer(self, layer: int) -> bool:
@@ -92,7 +92,7 @@ class DeepSeekV4Config:
         return layer < self.num_hash_layers
 
     def inv_freq(self, ratio: int) -> tuple[float, ...]:
-        """RoPE frequencies (qk_rope_head_dim / 2 values): table M for ratio 0, table C with YaRN otherwise."""
+        """RoPE frequencies, qk_rope_head_dim / 2: table M for ratio 0, else table C with YaRN."""
         dim = self.qk_rope_head_dim
         theta = self.rope_theta if ratio == 0 else self.compress_rope_theta
         freqs = [theta ** (-2 * i / dim) for i in range(dim // 2)]
@@ -119,7 +119,7 @@ class DeepSeekV4Config:
         """
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as err:
+        except (OSError, ValueError, RecursionError) as err:
             raise CheckpointError(f"{path.name}: not a readable JSON config: {err}") from err
         return cls.from_dict(raw, where=path.name)
 
@@ -141,13 +141,17 @@ class _Reader:
     def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
         value = self.raw.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise CheckpointError(f"{self.where}: {key} = {value!r}, allowed: an integer in {low}..{high}")
+            raise CheckpointError(
+                f"{self.where}: {key} = {value!r}, allowed: an integer in {low}..{high}"
+            )
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.raw.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
-            raise CheckpointError(f"{self.where}: {key} = {value!r}, allowed: a number in 0..1e12, exclusive")
+            raise CheckpointError(
+                f"{self.where}: {key} = {value!r}, allowed: a number in 0..1e12, exclusive"
+            )
         return float(value)
 
     def build(self) -> DeepSeekV4Config:
@@ -166,7 +170,8 @@ class _Reader:
         for layer, ratio in enumerate(main):
             if ratio not in (0, CSA_RATIO, HCA_RATIO):
                 raise CheckpointError(
-                    f"{self.where}: compress_ratios[{layer}] = {ratio!r}, allowed: 0, {CSA_RATIO}, {HCA_RATIO}"
+                    f"{self.where}: compress_ratios[{layer}] = {ratio!r},"
+                    f" allowed: 0, {CSA_RATIO}, {HCA_RATIO}"
                 )
         expert_dtype = self.raw.get("expert_dtype", "fp4")
         if expert_dtype not in ("fp4", "fp8"):
@@ -211,7 +216,7 @@ class _Reader:
             expert_dtype=expert_dtype,
             bos_token_id=self.integer("bos_token_id", 0, 1 << 24, 0),
             eos_token_id=self.integer("eos_token_id", 0, 1 << 24, 1),
-            dspark="dspark_block_size" in self.raw,
+            dspark=any(key.startswith("dspark_") for key in self.raw),
         )
         self.check_shapes(config)
         return config
