@@ -93,3 +93,22 @@ def capability(device: torch.device) -> Capability:
         memory_bytes=properties.total_memory,
         count=torch.cuda.device_count(),
     )
+
+
+def use_device(device: torch.device) -> None:
+    """Make ``device`` the process's current one (CUDA; nothing to do for the CPU)."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def free_memory(device: torch.device) -> tuple[int, int]:
+    """(free, total) bytes of a CUDA device, after the allocator gave back what it only holds.
+
+    Raises:
+        PlatformError: not a CUDA device.
+    """
+    if device.type != "cuda":
+        raise PlatformError(f"free memory of {device} is not tracked, allowed: cuda")
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return free, total

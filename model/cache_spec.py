@@ -216,7 +216,7 @@ class LayerCache:
             return torch.zeros(count, layout.page_bytes, dtype=torch.uint8, device=device)
 
         def states(count: int, rows: int) -> Tensor:
-            width = spec.state_width(ratio) if count else 0
+            width = spec.state_width(ratio) if ratio else 0
             return torch.zeros(count * rows, width, dtype=torch.float32, device=device)
 
         return cls(

@@ -18,7 +18,8 @@ class MetadataBuffers:
 
     Args:
         sizes: name -> (most elements, dtype).
-        device: where the buffers live; host copies are pinned when it is CUDA.
+        device: where the buffers live; host copies are pinned when it is CUDA. Copies are synchronous: the
+            host side is free for the next step when ``fill`` returns.
     """
 
     def __init__(self, sizes: dict[str, tuple[int, torch.dtype]], device: torch.device) -> None:
@@ -44,5 +45,5 @@ class MetadataBuffers:
             raise ValueError(f"{name}: {count} values, the buffer holds {host.numel()}")
         flat = np.ascontiguousarray(values, dtype=_NUMPY[host.dtype]).reshape(-1)
         host[:count].copy_(torch.from_numpy(flat))
-        device[:count].copy_(host[:count], non_blocking=True)
+        device[:count].copy_(host[:count])
         return device[:count].view(values.shape)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from worker.protocol import SamplingParams, SlotInit
 from worker.sampler import TokenHistory
+from worker.sampling import DrawJob
 
 
 @dataclass(slots=True, kw_only=True)
@@ -17,6 +19,7 @@ class Slot:
     Args:
         request_id: the engine's number.
         sampling: how its tokens are drawn.
+        num_prompt_tokens: tokens from here on are output.
         num_computed: tokens whose state is in the caches (accepted ones only).
         last_token: the newest token, not computed yet; -1 in the middle of a prompt.
         drafts: proposed tokens after ``last_token``.
@@ -26,11 +29,35 @@ class Slot:
 
     request_id: int
     sampling: SamplingParams
+    num_prompt_tokens: int
     num_computed: int
     last_token: int = -1
     drafts: list[int] = field(default_factory=list)
     history: TokenHistory | None = None
     resume_tail: int = -1
+
+    def observe(self, tokens: Sequence[int], position: int) -> None:
+        """Count given tokens at ``position`` .. for the penalties."""
+        if self.history is None:
+            return
+        split = max(self.num_prompt_tokens - position, 0)
+        self.history.prompt.extend(tokens[:split])
+        self.history.output.extend(tokens[split:])
+
+    def advance(self, tokens: Sequence[int], position: int) -> None:
+        """Rows ``position`` .. are computed and gave these new tokens."""
+        self.num_computed = position + len(tokens)
+        self.last_token = tokens[-1]
+        self.drafts = []
+        if self.history is not None:
+            self.history.output.extend(tokens)
+
+    def draw_job(self, position: int, unconfirmed: Sequence[int]) -> DrawJob:
+        """How to draw the token at ``position``, after drafts that the history does not hold yet."""
+        history = self.history
+        if history is not None and unconfirmed:
+            history = history.with_output(unconfirmed)
+        return DrawJob(self.sampling, position - self.num_prompt_tokens, history)
 
 
 class SlotTable:
@@ -53,6 +80,7 @@ class SlotTable:
         slot = Slot(
             request_id=init.request_id,
             sampling=init.sampling,
+            num_prompt_tokens=init.num_prompt_tokens,
             num_computed=init.start,
             history=history,
             resume_tail=init.restore_tail,

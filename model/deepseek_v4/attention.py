@@ -102,7 +102,9 @@ class Attention:
         q = self._heads(qr, self.decode_wq_b, batch.positions)
         kv = self._latents(x, batch.positions, cache)
         store_entries(cache.window, cache.window_layout, batch.window_dest, kv)
-        window = WindowRing(cache.window, cache.window_layout, batch.window_slots)
+        window = WindowRing(
+            pool=cache.window, layout=cache.window_layout, slots=batch.window_slots
+        )
         entries = self.entries.decode(x, qr, batch, cache) if self.entries else None
         scale = self.config.softmax_scale
         if self.sharded and entries is not None:
@@ -123,7 +125,7 @@ class Attention:
         store_entries(
             cache.tail_window, cache.tail_layout, rows.tail_dest, buffer[rows.tail_source]
         )
-        return WindowRows(buffer[plan.workspace], plan.start, plan.length)
+        return WindowRows(kv=buffer[plan.workspace], start=plan.start, length=plan.length)
 
     def _query_latent(self, x: Tensor) -> Tensor:
         qr = linear(x, self.wq_a, quantize=self.quantize)

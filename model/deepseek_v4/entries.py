@@ -96,7 +96,14 @@ class CompressedEntries:
         pool, table = cache.main, batch.main_block_table
         if batch.scratch is not None:
             pool, table = gather_pages(cp, cache.main, batch.scratch), batch.scratch.block_table
-        return EntryPages(pool, cache.main_layout, table, batch.row_seq, chosen, num_entries)
+        return EntryPages(
+            pool=pool,
+            layout=cache.main_layout,
+            block_table=table,
+            row_seq=batch.row_seq,
+            index=chosen,
+            num_entries=num_entries,
+        )
 
     def decode(self, x: Tensor, qr: Tensor, batch: DecodeBatch, cache: LayerCache) -> EntryPages:
         """Keep the rows' state, store the entries they complete; returns what they attend to."""
@@ -123,12 +130,12 @@ class CompressedEntries:
                 dcp=self.dcp,
             )
         return EntryPages(
-            cache.main,
-            cache.main_layout,
-            batch.main_block_table,
-            batch.row_seq,
-            chosen,
-            num_entries,
+            pool=cache.main,
+            layout=cache.main_layout,
+            block_table=batch.main_block_table,
+            row_seq=batch.row_seq,
+            index=chosen,
+            num_entries=num_entries,
         )
 
     def _rows(self, x: Tensor, positions: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class MoE:
             route_scale=self.route_scale,
             bias=self.bias,
             tid2eid=self.tid2eid,
-            token_ids=input_ids,
+            token_ids=None if self.tid2eid is None else input_ids,
         )
         y = self.parallel.forward(
             x, ids, route_weights, self._run, replicated=replicated, shared=self._shared

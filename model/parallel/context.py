@@ -41,6 +41,6 @@ def gather_pages(cp: Group, pool: Tensor, plan: ScratchPlan) -> Tensor:
     return cp.all_gather_v(pool[plan.pages], plan.counts)
 
 
-def pick_rows(cp: Group, local: Tensor, plan: PickPlan) -> Tensor:
-    """Hand chosen rows, each computed by one cp rank, to every rank, in the plan's order."""
-    return cp.all_gather_v(local[plan.local], plan.counts)[plan.order]
+def share_rows(cp: Group, chosen: Tensor, plan: PickPlan) -> Tensor:
+    """Hand this rank's chosen rows (``plan.local``) to every rank, in the plan's order."""
+    return cp.all_gather_v(chosen, plan.counts)[plan.order]

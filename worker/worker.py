@@ -1,0 +1,191 @@
+"""One rank: joins the world, loads its weights, sizes and allocates its caches, runs steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from kernels import CacheDtype, Numerics
+from kernels.platform import resolve_device, use_device
+from model.cache_spec import CacheSpec
+from model.checkpoint.loader import load_weights
+from model.checkpoint.source import load_config, open_source
+from model.deepseek_v4.model import DeepSeekV4
+from model.deepseek_v4.weights import check_mesh, weight_plan
+from model.parallel.config import MeshCoord
+from model.parallel.mesh import ParallelMesh
+from worker.cache_size import plan_cache
+from worker.config import WorkerConfig
+from worker.decode_builder import DecodeBuilder
+from worker.distributed import join_world, leave_world
+from worker.kv_cache import KVCachePool
+from worker.model_runner import ModelRunner
+from worker.prefill_builder import PrefillBuilder
+from worker.protocol import CacheInfo, StepOutput, StepPlan
+from worker.slots import SlotTable
+
+
+class Worker:
+    """The life of a rank: ``init_distributed``, ``load``, ``init_cache``, ``warm_up``, ``execute`` ...
+
+    Args:
+        config: what to run; the same on every rank.
+        coord: this rank's place in the mesh.
+        device_index: CUDA device of this process, counted within those it can see.
+    """
+
+    def __init__(self, config: WorkerConfig, coord: MeshCoord, device_index: int = 0) -> None:
+        self.config, self.coord = config, coord
+        self.device = resolve_device(config.device, device_index)
+        self.numerics = Numerics(config.model.numerics)
+        self.weight_bytes = 0
+        self._mesh: ParallelMesh | None = None
+        self._model: DeepSeekV4 | None = None
+        self._pool: KVCachePool | None = None
+        self._slots: SlotTable | None = None
+        self._runner: ModelRunner | None = None
+
+    def init_distributed(self, init_method: str) -> None:
+        """Join the process groups; ``init_method`` is ``tcp://host:port`` of a served store."""
+        use_device(self.device)
+        # No collective may outlive the engine's own deadline by much: the gang is ended before.
+        timeout = 2 * self.config.step_deadline_s + 600
+        self._mesh = join_world(
+            self.config.parallel, self.coord.rank, init_method, self.device, timeout
+        )
+
+    def load(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Read this rank's slices; ``progress`` gets bytes done and bytes in all.
+
+        Raises:
+            CheckpointError: the checkpoint or its config cannot be used.
+        """
+        source_config = self.config.model
+        config = load_config(path=source_config.path, shape=source_config.shape)
+        source = open_source(
+            config,
+            path=source_config.path,
+            load_format=source_config.load_format,
+            seed=source_config.seed,
+            device=self.device,
+        )
+        config = source.config
+        check_mesh(config, self.config.parallel)
+        with_mtp = config.num_mtp_layers > 0 and (
+            self.config.load_mtp or self.config.speculative.mtp > 0
+        )
+        weights = load_weights(
+            weight_plan(config, self.coord, load_mtp=with_mtp), source, self.device, progress
+        )
+        self.weight_bytes = weights.nbytes
+        self._model = DeepSeekV4(
+            config, self.config.parallel, self.numerics, weights, self._need_mesh(), with_mtp=with_mtp
+        )
+
+    def init_cache(self) -> CacheInfo:
+        """Size the caches (the smallest rank decides) and allocate them."""
+        model, mesh = self._need_model(), self._need_mesh()
+        with_mtp = model.mtp is not None
+        spec = CacheSpec(
+            config=model.config,
+            dtype=cache_dtype(self.config.kv_cache.dtype, self.numerics),
+            block_size=self.config.kv_cache.block_size,
+            max_drafts=self.config.speculative.mtp if with_mtp else 0,
+            with_mtp=with_mtp,
+            parallel=self.config.parallel,
+        )
+        size = plan_cache(spec, self.config, self.device, mesh.world, self.numerics.dtype)
+        self._pool = KVCachePool(
+            spec,
+            num_blocks=size.num_blocks,
+            num_slots=size.num_slots,
+            num_tails=size.num_tails,
+            device=self.device,
+            streams_dtype=self.numerics.dtype,
+        )
+        if self._pool.nbytes != size.total_bytes:
+            raise RuntimeError(
+                f"allocated {self._pool.nbytes} cache bytes, planned {size.total_bytes}"
+            )
+        parallel = self.config.parallel
+        self._slots = SlotTable(
+            size.num_slots,
+            -(-size.max_model_len // spec.block_size) + 1,
+            cp=parallel.cp,
+            cp_rank=self.coord.cp_rank,
+            sharded=parallel.kv_shard == "cp" and parallel.cp > 1,
+        )
+        prefill = PrefillBuilder(
+            spec, parallel, self.coord, self._pool, self._slots, self.device
+        )
+        decode = DecodeBuilder(spec, self._pool, self._slots, self.device)
+        self._runner = ModelRunner(
+            model,
+            self._pool,
+            self._slots,
+            prefill,
+            decode,
+            mesh,
+            num_drafts=spec.max_drafts,
+        )
+        return CacheInfo(
+            num_blocks=size.num_blocks,
+            block_size=spec.block_size,
+            num_slots=size.num_slots,
+            num_tails=size.num_tails,
+            max_model_len=size.max_model_len,
+            allocated_bytes=self._pool.nbytes,
+            weight_bytes=self.weight_bytes,
+        )
+
+    def warm_up(self) -> None:
+        """Wait until every rank is here: the torch references compile nothing."""
+        self._need_mesh().world.barrier()
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepOutput:
+        """Run one step; all ranks get the same plan, rank 0's output counts."""
+        begin = time.perf_counter()
+        pool, slots, runner = self._pool, self._slots, self._runner
+        if pool is None or slots is None or runner is None:
+            raise RuntimeError("execute before init_cache")
+        for save in plan.saves:
+            pool.save_tail(save.slot, save.position, save.tail)
+        for init in plan.inits:
+            slots.open(init)
+            if init.restore_tail >= 0:
+                pool.restore_tail(init.slot, init.start, init.restore_tail)
+        if plan.phase == "prefill":
+            outputs = runner.prefill(plan.prefill)
+        else:
+            outputs = runner.decode(plan.decode)
+        return StepOutput(
+            step_id=plan.step_id,
+            rank=self.coord.rank,
+            outputs=outputs,
+            seconds=time.perf_counter() - begin,
+        )
+
+    def close(self) -> None:
+        """Leave the process groups and drop the tensors."""
+        self._runner = self._pool = self._model = None
+        leave_world()
+
+    def _need_mesh(self) -> ParallelMesh:
+        if self._mesh is None:
+            raise RuntimeError("init_distributed comes first")
+        return self._mesh
+
+    def _need_model(self) -> DeepSeekV4:
+        if self._model is None:
+            raise RuntimeError("load comes before init_cache")
+        return self._model
+
+
+def cache_dtype(choice: str, numerics: Numerics) -> CacheDtype:
+    """``kv_cache.dtype``; ``auto`` follows the numerics: fp8 pages for release, else fp32."""
+    if choice != "auto":
+        return CacheDtype(choice)
+    return CacheDtype.FP8 if numerics is Numerics.RELEASE else CacheDtype.FP32
