@@ -1,0 +1,182 @@
+"""Expert parallelism on every mesh against a plain loop; ``ordered`` bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.parallel.config import ParallelConfig
+from model.parallel.expert import ExpertParallel
+from model.parallel.mesh import ParallelMesh, build_mesh
+from tests.helpers.ranks import run_ranks
+
+EXPERTS, TOPK, DIM = 8, 3, 16
+MESHES = {1: [(1, 1)], 2: [(2, 1), (1, 2)], 4: [(2, 2), (4, 1), (1, 4)]}
+
+# Tokens of each cp rank: even, uneven, empty ranks, fewer than the tp ranks that share them.
+LOADS = [[6, 6, 6, 6], [13, 1, 0, 5], [0, 0, 0, 9], [1, 0, 0, 0], [0, 0, 0, 0]]
+
+
+class Experts:
+    """Row-wise stand-ins for the expert network: a row's result never depends on its neighbours."""
+
+    def __init__(self) -> None:
+        g = torch.Generator().manual_seed(11)
+        self.scale = torch.randn(EXPERTS, DIM, generator=g)
+        self.shift = torch.randn(EXPERTS, DIM, generator=g)
+
+    def one(self, expert: int, x: Tensor, weight: Tensor) -> Tensor:
+        wide = torch.sin(x.float() * self.scale[expert]) + self.shift[expert]
+        return (wide * weight[:, None]).to(x.dtype)
+
+    def runner(self, first: int, local: int) -> object:
+        def run(rows: Tensor, offsets: Tensor, row_weight: Tensor) -> Tensor:
+            assert offsets.shape == (local + 1,)
+            assert offsets.dtype == torch.int64
+            assert row_weight.dtype == torch.float32
+            assert rows.shape[0] == row_weight.shape[0] == int(offsets[-1])
+            out = torch.full_like(rows, float("nan"))
+            for e in range(local):
+                part = slice(int(offsets[e]), int(offsets[e + 1]))
+                out[part] = self.one(first + e, rows[part], row_weight[part])
+            return out
+
+        return run
+
+
+def shared_expert(x: Tensor) -> Tensor:
+    return (torch.cos(x.float()) * 0.7).to(x.dtype)
+
+
+def tokens(load: list[int], case: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """All tokens of the step. ``one``: every token takes the same experts, others stay empty."""
+    g = torch.Generator().manual_seed(sum(load) + 1)
+    count = sum(load)
+    x = torch.randn(count, DIM, generator=g).to(dtype)
+    if case == "one":
+        ids = torch.tensor([[1, 2, 7]]).expand(count, TOPK).contiguous()
+    else:
+        ids = torch.rand(count, EXPERTS, generator=g).argsort(1)[:, :TOPK].sort(1).values
+    return x, ids, torch.rand(count, TOPK, generator=g) + 0.1
+
+
+def reference(x: Tensor, ids: Tensor, weights: Tensor, shared: bool) -> Tensor:
+    """A plain loop over the tokens, experts ascending, the shared expert last, in fp32."""
+    experts = Experts()
+    out = torch.zeros(x.shape, dtype=torch.float32)
+    for t in range(x.shape[0]):
+        for k in range(ids.shape[1]):
+            row = experts.one(int(ids[t, k]), x[t : t + 1], weights[t : t + 1, k])
+            out[t] += row[0].float()
+        if shared:
+            out[t] += shared_expert(x[t : t + 1])[0].float()
+    return out
+
+
+def check(mesh: ParallelMesh, load: list[int], case: str, dtype: torch.dtype, shared: bool) -> None:
+    x, ids, weights = tokens(load, case, dtype)
+    expected = reference(x, ids, weights, shared)
+    cp = mesh.cp
+    # The loads of four cp ranks are dealt to those that exist.
+    own_load = [sum(load[r :: cp.size]) for r in range(cp.size)]
+    first = sum(own_load[: cp.rank])
+    own = slice(first, first + own_load[cp.rank])
+    for combine in ("ordered", "fast"):
+        parallel = ExpertParallel(mesh, EXPERTS, combine)  # type: ignore[arg-type]
+        run = Experts().runner(parallel.first_expert, parallel.num_local)
+        for replicated in (True, False):
+            mine = slice(0, x.shape[0]) if replicated else own
+            out = parallel.forward(
+                x[mine],
+                ids[mine],
+                weights[mine],
+                run,  # type: ignore[arg-type]
+                replicated=replicated,
+                shared=shared_expert if shared else None,
+            )
+            label = (cp.size, mesh.tp.size, load, case, dtype, combine, replicated)
+            assert out.dtype == torch.float32, label
+            assert out.shape == expected[mine].shape, label
+            if combine == "ordered":
+                assert torch.equal(out, expected[mine]), label
+            else:
+                tolerance = 1e-5 if dtype == torch.float32 else 0.04
+                torch.testing.assert_close(
+                    out, expected[mine], rtol=tolerance, atol=tolerance, msg=str(label)
+                )
+
+
+def check_mesh(rank: int, cp: int, tp: int) -> None:
+    mesh = build_mesh(ParallelConfig(cp=cp, tp=tp), rank)
+    for load in LOADS:
+        for case in ("random", "one"):
+            for dtype in (torch.float32, torch.bfloat16):
+                check(mesh, load, case, dtype, shared=case == "random")
+
+
+def check_traffic(rank: int, size: int) -> None:
+    """A row travels once to each rank that owns one of its experts; ``fast`` returns one row each."""
+    x, ids, weights = tokens([6, 6, 6, 6][:size], "random", torch.bfloat16)
+    x, ids, weights = (part.tensor_split(size)[rank] for part in (x, ids, weights))
+    visits = sum(len({int(e) * size // EXPERTS for e in row} - {rank}) for row in ids)
+    slots = sum(int(e) * size // EXPERTS != rank for row in ids for e in row)
+    for combine, returned in (("fast", visits), ("ordered", slots)):
+        mesh = build_mesh(ParallelConfig(cp=size), rank)
+        parallel = ExpertParallel(mesh, EXPERTS, combine)  # type: ignore[arg-type]
+        run = Experts().runner(parallel.first_expert, parallel.num_local)
+        parallel.forward(x, ids, weights, run, replicated=False, shared=None)  # type: ignore[arg-type]
+        row_bytes = DIM * 2
+        dispatch = (size - 1) * 16 + visits * (row_bytes + TOPK * 8)
+        answers = mesh.world.stats.received - sum_dispatched(mesh, ids)
+        assert mesh.world.stats.sent - dispatch == sent_answers(mesh, combine, ids) * row_bytes
+        assert answers == returned * row_bytes
+
+
+def other_ranks(mesh: ParallelMesh, ids: Tensor) -> list[Tensor]:
+    """The ids of every other rank; counted in the cp group, not in the world's."""
+    return [part for r, part in enumerate(mesh.cp.all_gather(ids[None])) if r != mesh.cp.rank]
+
+
+def sum_dispatched(mesh: ParallelMesh, ids: Tensor) -> int:
+    """Bytes of counts, rows and routes that reach this rank."""
+    size, me = mesh.world.size, mesh.world.rank
+    others = other_ranks(mesh, ids)
+    visits = sum(any(int(e) * size // EXPERTS == me for e in row) for p in others for row in p)
+    return (size - 1) * 16 + visits * (DIM * 2 + TOPK * 8)
+
+
+def sent_answers(mesh: ParallelMesh, combine: str, ids: Tensor) -> int:
+    size, me = mesh.world.size, mesh.world.rank
+    others = other_ranks(mesh, ids)
+    hits = [[int(e) * size // EXPERTS == me for e in row] for p in others for row in p]
+    return sum(map(any, hits)) if combine == "fast" else sum(map(sum, hits))
+
+
+def all_meshes(rank: int, size: int) -> str:
+    for cp, tp in MESHES[size]:
+        check_mesh(rank, cp, tp)
+    check_traffic(rank, size)
+    return "ok"
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_mesh_agrees_with_a_plain_loop(size: int) -> None:
+    assert run_ranks(all_meshes, size) == ["ok"] * size
+
+
+def test_one_rank_agrees_with_a_plain_loop() -> None:
+    check_mesh(0, 1, 1)
+
+
+def test_bad_inputs_are_refused() -> None:
+    mesh = ParallelMesh.single()
+    with pytest.raises(ValueError, match="combine = 'quick'"):
+        ExpertParallel(mesh, 8, "quick")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="0 experts"):
+        ExpertParallel(mesh, 0, "fast")
+    parallel = ExpertParallel(mesh, EXPERTS, "fast")
+    run = Experts().runner(0, EXPERTS)
+    ids, weights = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 2)
+    with pytest.raises(ValueError, match=r"weights \(2, 2\)"):
+        parallel.forward(torch.zeros(2, DIM), ids, weights, run, replicated=True, shared=None)  # type: ignore[arg-type]
