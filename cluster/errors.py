@@ -11,7 +11,7 @@ class CapacityError(RuntimeError):
     """More blocks, slots or bytes were asked for than there are."""
 
 
-class WorkerFailure(RuntimeError):  # noqa: N818  (the name the field uses)
+class WorkerFailure(RuntimeError):
     """A rank died, hung or answered nonsense; the whole gang must be rebuilt.
 
     ``rank`` is -1 and ``step_id`` is -1 when they are not known (during start-up, for example).
@@ -27,7 +27,7 @@ class WorkerFailure(RuntimeError):  # noqa: N818  (the name the field uses)
         super().__init__(f"{who} failed in {phase}{where}: {detail}")
 
 
-class EngineDead(RuntimeError):  # noqa: N818
+class EngineDead(RuntimeError):
     """The ranks failed more often than ``cluster.max_rebuilds`` allows; nothing is served any more."""
 
 
