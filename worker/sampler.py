@@ -18,6 +18,9 @@ from kernels import gumbel_noise
 from worker.protocol import SamplingParams, TokenLogprobs
 
 
+_COLDEST = 1e-30  # a temperature that float32 would round to zero would divide zero by zero
+
+
 class SamplingError(RuntimeError):
     """Logits that no token can be drawn from."""
 
@@ -204,7 +207,9 @@ def _draw(logits: Tensor, params: list[SamplingParams], steps: list[int]) -> lis
         return torch.tensor(values, dtype=torch.float32, device=logits.device).unsqueeze(1)
 
     # From the peak down, a low temperature cannot overflow and the noise keeps its precision.
-    scaled = (logits - logits.amax(-1, keepdim=True)) / column([p.temperature for p in params])
+    scaled = (logits - logits.amax(-1, keepdim=True)) / column(
+        [max(p.temperature, _COLDEST) for p in params]
+    )
     vocab = logits.shape[1]
     cut = [i for i, p in enumerate(params) if 0 < p.top_k < vocab or p.top_p < 1.0 or p.min_p > 0.0]
     if cut:
