@@ -27,7 +27,10 @@ from model.deepseek_v4.config import CSA_RATIO, HCA_RATIO, DeepSeekV4Config
 from model.parallel.config import ParallelConfig
 
 BLOCK_MULTIPLE = HCA_RATIO  # a block must end every group of every layer
-_STATE_ROWS = {CSA_RATIO: 16, HCA_RATIO: 256}  # two periods of what pooling reads: room for rollback
+_STATE_ROWS = {
+    CSA_RATIO: 16,
+    HCA_RATIO: 256,
+}  # two periods of what pooling reads: room for rollback
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,5 +239,12 @@ class LayerCache:
     @property
     def nbytes(self) -> int:
         """Bytes really allocated."""
-        tensors = (self.window, self.tail_window, self.main, self.index, self.state, self.tail_state)
+        tensors = (
+            self.window,
+            self.tail_window,
+            self.main,
+            self.index,
+            self.state,
+            self.tail_state,
+        )
         return sum(t.nbytes for t in tensors)

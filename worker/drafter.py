@@ -156,9 +156,7 @@ class Drafter:
             if not s.mtp_logits or end <= s.start:
                 continue
             pick = self.prefill_builder.pick(step, [(i, p) for p in range(s.start, end)])
-            rows = share_rows(
-                self.model.mesh.cp, self.mtp.head_rows(out[pick.local]), pick
-            )
+            rows = share_rows(self.model.mesh.cp, self.mtp.head_rows(out[pick.local]), pick)
             logits = self.model.logits(rows)
             if self.model.mesh.world.rank == 0:
                 result[i] = logits.cpu().numpy().tobytes()
@@ -212,6 +210,4 @@ class Drafter:
             start=none,
             length=none,
         )
-        self.mtp.block.store_window(
-            x, torch.from_numpy(position).to(device), plan, self.pool.mtp
-        )
+        self.mtp.block.store_window(x, torch.from_numpy(position).to(device), plan, self.pool.mtp)

@@ -16,7 +16,7 @@ from model.deepseek_v4.model import DeepSeekV4
 from model.parallel.context import share_rows
 from model.parallel.mesh import ParallelMesh
 from worker.decode_builder import DecodeBuilder, DecodeRows
-from worker.drafter import DraftRequest, Drafter
+from worker.drafter import Drafter, DraftRequest
 from worker.kv_cache import KVCachePool
 from worker.prefill_builder import PrefillBuilder, PrefillStep
 from worker.protocol import DecodeSlice, PrefillSlice, SliceOutput, TokenLogprobs
@@ -253,5 +253,3 @@ def _accept(tokens: Sequence[int], draws: Sequence[Draw]) -> list[Draw]:
 
 def _to_bytes(logits: Tensor) -> bytes:
     return logits.to(torch.float32).contiguous().cpu().numpy().tobytes()
-
-

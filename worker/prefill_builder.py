@@ -268,9 +268,7 @@ class PrefillBuilder:
             index_slots=self._tensor(index_slots),
         )
 
-    def _page_slots(
-        self, table: Indices, ratio: int, request: Indices, entry: Indices
-    ) -> Indices:
+    def _page_slots(self, table: Indices, ratio: int, request: Indices, entry: Indices) -> Indices:
         """Page slot of each (request, entry); -1 where the block's page is not on this rank."""
         n = self.spec.storage_block_size(ratio)
         page = table[request, entry // n].astype(np.int64)
@@ -339,5 +337,3 @@ def _carried(
 ) -> Indices:
     slot = np.array([s.slot for s in slices], dtype=np.int64)
     return slot[request] * ring + position % ring
-
-

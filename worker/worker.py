@@ -81,7 +81,12 @@ class Worker:
         )
         self.weight_bytes = weights.nbytes
         self._model = DeepSeekV4(
-            config, self.config.parallel, self.numerics, weights, self._need_mesh(), with_mtp=with_mtp
+            config,
+            self.config.parallel,
+            self.numerics,
+            weights,
+            self._need_mesh(),
+            with_mtp=with_mtp,
         )
 
     def init_cache(self) -> CacheInfo:
@@ -117,9 +122,7 @@ class Worker:
             cp_rank=self.coord.cp_rank,
             sharded=parallel.kv_shard == "cp" and parallel.cp > 1,
         )
-        prefill = PrefillBuilder(
-            spec, parallel, self.coord, self._pool, self._slots, self.device
-        )
+        prefill = PrefillBuilder(spec, parallel, self.coord, self._pool, self._slots, self.device)
         decode = DecodeBuilder(spec, self._pool, self._slots, self.device)
         self._runner = ModelRunner(
             model,

@@ -102,9 +102,7 @@ class Attention:
         q = self._heads(qr, self.decode_wq_b, batch.positions)
         kv = self._latents(x, batch.positions, cache)
         store_entries(cache.window, cache.window_layout, batch.window_dest, kv)
-        window = WindowRing(
-            pool=cache.window, layout=cache.window_layout, slots=batch.window_slots
-        )
+        window = WindowRing(pool=cache.window, layout=cache.window_layout, slots=batch.window_slots)
         entries = self.entries.decode(x, qr, batch, cache) if self.entries else None
         scale = self.config.softmax_scale
         if self.sharded and entries is not None:

@@ -53,9 +53,7 @@ class AttentionOutput:
         u = grouped_output(o, positions, self.inv_freq, self.decode_wo_a, hi - lo)
         return self._project(u, self.decode_wo_b, self.first_group + lo, self.view.group)
 
-    def _project(
-        self, u: Tensor, wo_b: PreparedWeight, first_group: int, group: Group
-    ) -> Tensor:
+    def _project(self, u: Tensor, wo_b: PreparedWeight, first_group: int, group: Group) -> Tensor:
         start = first_group * self.rank_dim
         amax = None
         if self.quantize and u.shape[1] % _BLOCK and group.size > 1:

@@ -69,7 +69,5 @@ class Block:
 
     def _feed_forward(self, streams: Tensor, input_ids: Tensor, *, replicated: bool) -> Tensor:
         x, post, comb = self.hc_ffn.pre(streams)
-        f = self.ffn.forward(
-            rms_norm(x, self.ffn_norm, self.eps), input_ids, replicated=replicated
-        )
+        f = self.ffn.forward(rms_norm(x, self.ffn_norm, self.eps), input_ids, replicated=replicated)
         return self.hc_ffn.post(f, streams, post, comb)

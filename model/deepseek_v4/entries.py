@@ -65,9 +65,7 @@ class CompressedEntries:
                 dtype=numerics.dtype,
             )
 
-    def prefill(
-        self, x: Tensor, qr: Tensor, batch: PrefillBatch, cache: LayerCache
-    ) -> EntryPages:
+    def prefill(self, x: Tensor, qr: Tensor, batch: PrefillBatch, cache: LayerCache) -> EntryPages:
         """Pool and store the step's entries; returns what the local queries attend to."""
         plan, cp = batch.groups[self.ratio], self.mesh.cp
         local = self._rows(x, batch.positions)
