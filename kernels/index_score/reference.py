@@ -49,6 +49,7 @@ def index_score(
 
 def _tile(q: Tensor, w: Tensor, keys: Tensor) -> Tensor:
     rows, heads, dim = q.shape
-    dots = q.to(torch.float32).reshape(rows * heads, dim) @ keys.T
-    weighted = torch.bmm(w[:, None, :], dots.relu_().view(rows, heads, -1))
+    # Packed copies: a matrix product may sum in another order when its input has another stride.
+    dots = q.to(torch.float32).contiguous().view(rows * heads, dim) @ keys.T
+    weighted = torch.bmm(w.contiguous()[:, None, :], dots.relu_().view(rows, heads, -1))
     return weighted[:, 0]

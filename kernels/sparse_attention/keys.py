@@ -79,7 +79,7 @@ class WindowRowKeys:
         if high - low <= 2 * longest + (stop - start):
             column = torch.arange(low, max(low, high), device=kv.device)
             mask = (column >= first[:, None]) & (column < (first + length)[:, None])
-            return Keys(kv[low : max(low, high)].to(torch.float32), mask)
+            return Keys(kv[low : max(low, high)].to(torch.float32).contiguous(), mask)
         column = torch.arange(longest, device=kv.device)
         mask = column < length[:, None]
         index = torch.where(mask, first[:, None] + column, 0)

@@ -91,7 +91,8 @@ def _softmax_sum(
     q: Tensor, keys: list[Keys], sink: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     rows, heads, dim = q.shape
-    wide = q.to(torch.float32)
+    # Packed copy: a matrix product may sum in another order when its input has another stride.
+    wide = q.to(torch.float32).contiguous()
     logits = [_scores(wide, k).mul_(scale).masked_fill_(~k.mask[:, None], _NEG_INF) for k in keys]
     top = torch.full((rows, heads), _NEG_INF, dtype=torch.float32, device=q.device)
     for z in logits:
@@ -115,7 +116,7 @@ def _softmax_sum(
 def _scores(q: Tensor, keys: Keys) -> Tensor:
     rows, heads, dim = q.shape
     if keys.shared:
-        return (q.reshape(rows * heads, dim) @ keys.rows.T).view(rows, heads, -1)
+        return (q.view(rows * heads, dim) @ keys.rows.T).view(rows, heads, -1)
     return torch.bmm(q, keys.rows.transpose(1, 2))
 
 
