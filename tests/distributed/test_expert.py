@@ -87,15 +87,24 @@ def check(mesh: ParallelMesh, load: list[int], case: str, dtype: torch.dtype, sh
         run = Experts().runner(parallel.first_expert, parallel.num_local)
         for replicated in (True, False):
             mine = slice(0, x.shape[0]) if replicated else own
+            seen: list[int] = []
+
+            def shared_rows(part: Tensor, seen: list[int] = seen) -> Tensor:
+                seen.append(part.shape[0])
+                return shared_expert(part)
+
             out = parallel.forward(
                 x[mine],
                 ids[mine],
                 weights[mine],
                 run,  # type: ignore[arg-type]
                 replicated=replicated,
-                shared=shared_expert if shared else None,
+                shared=shared_rows if shared else None,
             )
             label = (cp.size, mesh.tp.size, load, case, dtype, combine, replicated)
+            if shared and not replicated and mesh.world.size > 1:  # an even share of the tp ranks
+                assert len(seen) == 1, label
+                assert abs(seen[0] - own_load[cp.rank] / mesh.tp.size) < 1, label
             assert out.dtype == torch.float32, label
             assert out.shape == expected[mine].shape, label
             if combine == "ordered":
