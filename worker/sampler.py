@@ -17,7 +17,6 @@ from torch import Tensor
 from kernels import gumbel_noise
 from worker.protocol import SamplingParams, TokenLogprobs
 
-
 _COLDEST = 1e-30  # a temperature that float32 would round to zero would divide zero by zero
 
 

@@ -18,6 +18,7 @@ from kernels.weight import BlockWeight
 def prepare_experts(
     w1: Sequence[BlockWeight], w3: Sequence[BlockWeight], w2: Sequence[BlockWeight]
 ) -> PreparedExperts:
+    """See ``kernels.grouped_gemm.api.prepare_experts``."""
     gates = tuple(prepare_weight(w) for w in w1)
     return PreparedExperts(
         w1=gates,
@@ -38,6 +39,7 @@ def expert_ffn(
     limit: float,
     quantize: bool,
 ) -> Tensor:
+    """See ``kernels.grouped_gemm.api.expert_ffn``."""
     bounds = offsets.tolist()
     ascending = all(a <= b for a, b in itertools.pairwise(bounds))
     if bounds[0] != 0 or bounds[-1] != rows.shape[0] or not ascending:

@@ -30,6 +30,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def gumbel_noise(seeds: Tensor, steps: Tensor, vocab: int, device: torch.device) -> Tensor:
+    """See ``kernels.gumbel.api.gumbel_noise``."""
     key = _mix(_mix(seeds.to(device) + _WEYL) ^ (steps.to(device) * _STEP))
     counter = torch.arange(1, vocab + 1, device=device) * _WEYL
     bits = _shift_right(_mix(key.unsqueeze(1) + counter), 12)

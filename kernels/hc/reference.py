@@ -28,6 +28,7 @@ def hc_pre(
     eps: float,
     norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``kernels.hc.api.hc_pre``."""
     r = x.shape[1]
     mix = _mix(x, fn, norm_eps)
     pre = torch.sigmoid(mix[:, :r] * scale[0] + base[:r]) + eps
@@ -42,6 +43,7 @@ def hc_pre(
 
 
 def hc_post(a: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    """See ``kernels.hc.api.hc_post``."""
     mixed = torch.matmul(comb.transpose(1, 2), x.float())
     return (post.unsqueeze(-1) * a.float().unsqueeze(1) + mixed).to(x.dtype)
 
@@ -49,5 +51,6 @@ def hc_post(a: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
 def hc_head(
     x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, eps: float, norm_eps: float
 ) -> Tensor:
+    """See ``kernels.hc.api.hc_head``."""
     weights = torch.sigmoid(_mix(x, fn, norm_eps) * scale + base) + eps
     return _collapse(x, weights)

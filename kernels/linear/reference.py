@@ -13,6 +13,7 @@ from kernels.weight import BlockWeight
 
 
 def prepare_weight(weight: BlockWeight) -> PreparedWeight:
+    """See ``kernels.linear.api.prepare_weight``."""
     data, scale = weight.data, weight.scale
     if scale is None:
         matrix, kind = data.float(), WeightKind.PLAIN
@@ -38,6 +39,7 @@ def linear(
     amax: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
+    """See ``kernels.linear.api.linear``."""
     if quantize and w.kind.rounds_activations:
         x_in = fake_quant_fp8(x, BLOCK, amax, w.col_offset)
     else:

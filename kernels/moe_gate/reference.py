@@ -29,6 +29,7 @@ def moe_gate(
     tid2eid: Tensor | None = None,
     token_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """See ``kernels.moe_gate.api.moe_gate``."""
     scores = _scores(F.linear(x.float(), weight.float()))
     if tid2eid is not None and token_ids is not None:
         ids = _hash_ids(tid2eid, token_ids, weight.shape[0])

@@ -52,12 +52,14 @@ def _to_e4m3(scaled: Tensor) -> Tensor:
 
 
 def block_amax(x: Tensor, block: int, col_offset: int = 0) -> Tensor:
+    """See ``kernels.quant.api.block_amax``."""
     return _split(x, block, col_offset).abs().amax(-1)
 
 
 def fake_quant_fp8(
     x: Tensor, block: int, amax: Tensor | None = None, col_offset: int = 0
 ) -> Tensor:
+    """See ``kernels.quant.api.fake_quant_fp8``."""
     blocks = _split(x, block, col_offset)
     peak = blocks.abs().amax(-1) if amax is None else amax
     scale = _scale_value(_fp8_scale_byte(peak)).unsqueeze(-1)
@@ -66,6 +68,7 @@ def fake_quant_fp8(
 
 
 def act_quant(x: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
+    """See ``kernels.quant.api.act_quant``."""
     blocks = _split(x, block, 0)
     scale = _scale_value(_fp8_scale_byte(blocks.abs().amax(-1)))
     codes = _to_e4m3(blocks / scale.unsqueeze(-1))
@@ -94,6 +97,7 @@ def _fp4_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fake_quant_fp4(x: Tensor) -> Tensor:
+    """See ``kernels.quant.api.fake_quant_fp4``."""
     blocks, byte = _fp4_blocks(x)
     scale = _scale_value(byte).unsqueeze(-1)
     table = torch.tensor(_E2M1_VALUES, device=x.device)
@@ -103,6 +107,7 @@ def fake_quant_fp4(x: Tensor) -> Tensor:
 
 
 def pack_fp4(x: Tensor) -> tuple[Tensor, Tensor]:
+    """See ``kernels.quant.api.pack_fp4``."""
     blocks, byte = _fp4_blocks(x)
     scaled = blocks / _scale_value(byte).unsqueeze(-1)
     codes = (_e2m1_code(scaled.abs()) + 8 * torch.signbit(scaled).int()).flatten(-2)
@@ -111,6 +116,7 @@ def pack_fp4(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequant_fp4(packed: Tensor, scale_u8: Tensor) -> Tensor:
+    """See ``kernels.quant.api.dequant_fp4``."""
     table = torch.tensor(_E2M1_VALUES + tuple(-v for v in _E2M1_VALUES), device=packed.device)
     codes = packed.view(torch.uint8).int()
     values = torch.stack((table[codes & 15], table[codes >> 4]), dim=-1).flatten(-2)
@@ -119,6 +125,7 @@ def dequant_fp4(packed: Tensor, scale_u8: Tensor) -> Tensor:
 
 
 def dequant_fp8(data: Tensor, scale_u8: Tensor, row_offset: int = 0, col_offset: int = 0) -> Tensor:
+    """See ``kernels.quant.api.dequant_fp8``."""
     n, k = data.shape
     scale = _scale_value(scale_u8)
     row = (torch.arange(n, device=data.device) + row_offset) // _WEIGHT_BLOCK
@@ -127,6 +134,7 @@ def dequant_fp8(data: Tensor, scale_u8: Tensor, row_offset: int = 0, col_offset:
 
 
 def quant_fp8_weight(w: Tensor) -> tuple[Tensor, Tensor]:
+    """See ``kernels.quant.api.quant_fp8_weight``."""
     n, k = w.shape
     blocks = _split(w, _WEIGHT_BLOCK, 0)  # [n, kb, 128]
     blocks = F.pad(blocks, (0, 0, 0, 0, 0, -n % _WEIGHT_BLOCK))

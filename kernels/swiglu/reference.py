@@ -7,6 +7,7 @@ from torch import Tensor
 
 
 def swiglu(g: Tensor, u: Tensor, *, limit: float, row_weight: Tensor | None = None) -> Tensor:
+    """See ``kernels.swiglu.api.swiglu``."""
     hidden = F.silu(g.float().clamp(max=limit)) * u.float().clamp(-limit, limit)
     if row_weight is not None:
         hidden = hidden * row_weight.unsqueeze(-1)
