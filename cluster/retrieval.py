@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-FACT_TOKENS = 5  # set NAME = VALUE newline
-QUERY_TOKENS = 3  # get NAME =
+LINE_TOKENS = 5  # set NAME = VALUE newline; a query that is answered is as long
 MIN_DISTANCE = 5  # value, newline, get, NAME, = : a fact right before its query
 DEFAULT_DISTANCES = (20, 60, 150, 300, 600, 1200, 1900)
 DEFAULT_LENGTHS = (2048,)
@@ -70,21 +69,35 @@ class RetrievalPrompt:
     distance: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RetrievalBuilder:
     """Makes prompts of any exact length and distance, the same ones for the same seed.
 
+    The tiny model learned facts between whole lines of text, so the text is cut only where a line at
+    the left margin begins; a blank line makes up for tokens that no cut has.
+
     Args:
         words: the task's token ids.
-        filler: program text as token ids; used from a random offset, and again from its start.
+        filler: program text as token ids; used from any such line on, and again from its start.
         num_facts: facts in a prompt, the one asked for included (fewer where they do not fit).
+        num_shown: of the other facts, how many are asked for and answered further on in the text.
         seed: of names, values and places.
     """
 
-    words: RetrievalWords
-    filler: Sequence[int]
-    num_facts: int = 8
-    seed: int = 0
+    def __init__(
+        self,
+        words: RetrievalWords,
+        filler: Sequence[int],
+        *,
+        num_facts: int = 8,
+        num_shown: int = 3,
+        seed: int = 0,
+    ) -> None:
+        newline = words.newline_id
+        self.words = words
+        self.num_facts, self.num_shown, self.seed = num_facts, num_shown, seed
+        self._filler = [*filler, newline]
+        self._starts = [0, *(i + 1 for i, token in enumerate(filler) if token == newline)]
+        self._is_start = frozenset(self._starts)
 
     def build(self, length: int, distance: int, index: int) -> RetrievalPrompt:
         """Prompt number ``index`` of a length (tokens, BOS included) and a distance (tokens).
@@ -92,49 +105,58 @@ class RetrievalBuilder:
         Raises:
             RetrievalError: the fact does not fit between BOS and the query.
         """
-        if not MIN_DISTANCE <= distance <= length - FACT_TOKENS + 1:
+        if not MIN_DISTANCE <= distance <= length - LINE_TOKENS + 1:
             raise RetrievalError(
                 f"distance {distance} does not fit into a prompt of {length} tokens:"
-                f" allowed {MIN_DISTANCE}..{length - FACT_TOKENS + 1}"
+                f" allowed {MIN_DISTANCE}..{length - LINE_TOKENS + 1}"
             )
         rng = random.Random(f"{self.seed} {length} {distance} {index}")
-        before = length - distance - FACT_TOKENS + 1
+        before = length - distance - LINE_TOKENS + 1
         after = distance - MIN_DISTANCE
-        # Decoys take part of the filler's room; a text shorter than a few facts holds none.
-        decoys = min(self.num_facts - 1, (before + after) // (3 * FACT_TOKENS))
-        names = rng.sample(self.words.names, decoys + 1)
-        values = rng.sample(self.words.values, decoys + 1)
-        facts = list(zip(names[1:], values[1:], strict=True))
-        share = round(decoys * before / max(1, before + after))
+        # Other lines take part of the text's room; a text of a few lines holds none.
+        room = before + after
+        others = min(self.num_facts - 1, room // (8 * LINE_TOKENS))
+        names = rng.sample(self.words.names, others + 1)
+        values = rng.sample(self.words.values, others + 1)
         words = self.words
+        lines = [
+            [words.set_id, name, words.equals_id, value, words.newline_id]
+            for name, value in zip(names, values, strict=True)
+        ]
+        asked = [[words.get_id, *line[1:]] for line in lines[1 : 1 + min(self.num_shown, others)]]
+        inserted = [*lines[1:], *asked]
+        share = round(len(inserted) * before / max(1, room))
         ids = [words.bos_id]
-        ids += self._text(rng, before, facts[:share])
-        ids += self._fact(names[0], values[0])
-        ids += self._text(rng, after, facts[share:])
+        ids += self._text(rng, before, inserted[:share])
+        ids += lines[0]
+        ids += self._text(rng, after, inserted[share:])
         ids += [words.get_id, names[0], words.equals_id]
         return RetrievalPrompt(
             token_ids=tuple(ids), answer=values[0], length=length, distance=distance
         )
 
-    def _fact(self, name: int, value: int) -> list[int]:
-        words = self.words
-        return [words.set_id, name, words.equals_id, value, words.newline_id]
-
-    def _text(self, rng: random.Random, count: int, facts: list[tuple[int, int]]) -> list[int]:
-        """``count`` tokens of program text, cut into lines, with the facts spread over it."""
-        facts = facts[: count // FACT_TOKENS]
-        plain = count - FACT_TOKENS * len(facts)
-        cuts = sorted(rng.randint(0, plain) for _ in facts)
-        offset = rng.randrange(len(self.filler))
+    def _text(self, rng: random.Random, count: int, inserted: list[list[int]]) -> list[int]:
+        """``count`` tokens: whole lines of program text, with other lines between them."""
+        inserted = inserted[: count // (2 * LINE_TOKENS)]
+        plain = self._whole_lines(rng, count - LINE_TOKENS * len(inserted))
+        places = [i + 1 for i, token in enumerate(plain) if token == self.words.newline_id] or [0]
+        cuts = sorted(rng.choices(places, k=len(inserted)))
         ids: list[int] = []
-        for start, stop, fact in zip([0, *cuts], [*cuts, plain], [*facts, None], strict=True):
-            piece = [self.filler[(offset + i) % len(self.filler)] for i in range(start, stop)]
-            if piece:
-                piece[-1] = self.words.newline_id
-            ids += piece
-            if fact is not None:
-                ids += self._fact(*fact)
+        for start, stop, line in zip([0, *cuts], [*cuts, len(plain)], [*inserted, []], strict=True):
+            ids += plain[start:stop]
+            ids += line
         return ids
+
+    def _whole_lines(self, rng: random.Random, count: int) -> list[int]:
+        """``count`` tokens of text that begins and ends where a line does."""
+        size = len(self._filler)
+        for length in range(count, 0, -1):
+            fitting = [s for s in self._starts if (s + length) % size in self._is_start]
+            if fitting:
+                first = rng.choice(fitting)
+                text = [self._filler[(first + i) % size] for i in range(length)]
+                return text + [self.words.newline_id] * (count - length)
+        return [self.words.newline_id] * count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,11 +174,10 @@ class RetrievalScore:
         return self.correct / self.total
 
 
-def program_text(root: Path) -> str:
-    """The Python files below ``root`` (not hidden ones), one after another, as filler text."""
-    files = sorted(
-        p for part in ("cluster", "worker", "model", "kernels") for p in (root / part).rglob("*.py")
-    )
+def program_text() -> str:
+    """This project's own Python files, one after another, as filler text."""
+    root = Path(__file__).resolve().parent.parent
+    files = sorted(p for part in ("model", "kernels") for p in (root / part).rglob("*.py"))
     return "\n".join(p.read_text(encoding="utf-8") for p in files)
 
 
@@ -167,7 +188,7 @@ def grid(
     distances = tuple(distances)
     for length in lengths:
         for distance in distances:
-            if MIN_DISTANCE <= distance <= length - FACT_TOKENS + 1:
+            if MIN_DISTANCE <= distance <= length - LINE_TOKENS + 1:
                 for index in range(num):
                     yield builder.build(length, distance, index)
 
