@@ -248,6 +248,8 @@ def _check(config: ClusterConfig, values: dict[str, Value]) -> None:
         raise refuse("cluster.nodes", f"must be 1 with cluster.executor local, got {cluster.nodes}")
     if cluster.executor == "local" and cluster.ray.address:
         raise refuse("cluster.ray.address", "is set, but cluster.executor is local")
+    if cluster.ray.address.startswith("ray://"):
+        raise refuse("cluster.ray.address", "must be host:port of Ray itself, not of a Ray client")
     if cluster.nodes > 1 and not cluster.ray.address:
         raise refuse("cluster.nodes", f"{cluster.nodes} needs cluster.ray.address of a running Ray")
     if cluster.heartbeat_timeout_s < 2 * cluster.heartbeat_s:

@@ -94,7 +94,9 @@ def reference_page() -> str:
     """The whole page as Markdown."""
     rows = [
         f"| `{key}` | {kind} | {_shown(default)} | {describe_range(key)} | {MEANINGS[key]} |"
-        for key, (kind, default) in ((k, (t.replace("|", "\\|"), d)) for k, (t, d) in leaves().items())
+        for key, (kind, default) in (
+            (k, (t.replace("|", "\\|"), d)) for k, (t, d) in leaves().items()
+        )
     ]
     return _HEAD + "\n".join(rows) + "\n"
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 import os
 import socket
 from datetime import timedelta
-from typing import Any
 
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 
-def serve_store(host: str, timeout_s: float) -> tuple[Any, str]:
+def serve_store(host: str, timeout_s: float) -> tuple[TCPStore, str]:
     """Serve a store on ``host`` (an address of this machine) at a port the system chooses.
 
     Returns the store, which must be kept as long as the world lives, and ``tcp://host:port``.
