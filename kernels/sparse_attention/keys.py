@@ -12,6 +12,7 @@ from kernels.contract import KernelContractError
 from kernels.page_cache.reference import load_entries, load_sequence
 from kernels.sparse_attention.api import EntryPages, WindowRing, WindowRows
 
+_GATHER_COST = 32  # what gathering a key costs, in heads that could read it (measured on a CPU)
 _CACHED_VALUES = 1 << 26  # f32 values of one sequence's entries kept decoded at once (256 MB)
 
 
@@ -152,7 +153,7 @@ class SequenceEntryKeys:
     """``EntryPages`` of one sequence, decoded once for all its queries ``start:stop``."""
 
     def __init__(
-        self, entries: EntryPages, dtype: torch.dtype, seq: int, start: int, stop: int
+        self, entries: EntryPages, dtype: torch.dtype, heads: int, seq: int, start: int, stop: int
     ) -> None:
         self.entries = entries
         count = max(0, _maximum(entries.num_entries[start:stop])) if seq >= 0 else 0
@@ -160,8 +161,8 @@ class SequenceEntryKeys:
         rows, self.present = load_sequence(entries.pool, entries.layout, table, count, dtype)
         self.rows, self.count = rows.to(torch.float32), count
         index = entries.index
-        # A masked product over all entries beats a gather as long as few of them are left out.
-        self.dense = index is None or count <= 2 * index.shape[1]
+        # A masked product over all entries beats a gather while heads are few or most are chosen.
+        self.dense = index is None or count * heads <= index.shape[1] * (heads + _GATHER_COST)
 
     @staticmethod
     def fits(entries: EntryPages, start: int, stop: int) -> bool:
@@ -197,7 +198,9 @@ class SequenceEntryKeys:
         safe = torch.where(wanted, entry, 0)
         mask = wanted & self.present[safe]
         rows = self.rows.index_select(0, safe.reshape(-1)).view(*safe.shape, -1)
-        return Keys(rows.masked_fill_(~mask[..., None], 0.0), mask)
+        if not bool(mask.all()):
+            rows.masked_fill_(~mask[..., None], 0.0)
+        return Keys(rows, mask)
 
 
 def _maximum(values: Tensor) -> int:

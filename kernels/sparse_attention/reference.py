@@ -43,7 +43,7 @@ def sparse_attention(
         shared.append(WindowRowKeys(window))
     elif window is not None:
         shared.append(RingKeys(window, q.dtype))
-    for start, stop, source in _entry_sources(entries, tokens, q.dtype):
+    for start, stop, source in _entry_sources(entries, q):
         sources = shared if source is None else [*shared, source]
         scores = heads * sum(s.width() for s in sources)
         gathered = sum(s.values_per_row() for s in sources)
@@ -56,21 +56,22 @@ def sparse_attention(
 
 
 def _entry_sources(
-    entries: EntryPages | None, tokens: int, dtype: torch.dtype
+    entries: EntryPages | None, q: Tensor
 ) -> Iterator[tuple[int, int, KeySource | None]]:
     """Ranges of query rows and where each range reads its entries (decoded when its turn comes)."""
+    tokens, heads, _ = q.shape
     if entries is None:
         yield 0, tokens, None
         return
     runs = sequence_runs(entries.row_seq)
     if tokens < _ROWS_PER_SEQUENCE * len(runs):
-        yield 0, tokens, GatheredEntryKeys(entries, dtype)
+        yield 0, tokens, GatheredEntryKeys(entries, q.dtype)
         return
     for seq, start, stop in runs:
         if SequenceEntryKeys.fits(entries, start, stop):
-            yield start, stop, SequenceEntryKeys(entries, dtype, seq, start, stop)
+            yield start, stop, SequenceEntryKeys(entries, q.dtype, heads, seq, start, stop)
         else:
-            yield start, stop, GatheredEntryKeys(entries, dtype)
+            yield start, stop, GatheredEntryKeys(entries, q.dtype)
 
 
 def _attend(

@@ -23,7 +23,9 @@ EPS = 1e-6
 @pytest.mark.parametrize("weight_dtype", DTYPES)
 @pytest.mark.parametrize("dim", [128, 512])
 def test_against_fp64(dtype: torch.dtype, weight_dtype: torch.dtype, dim: int) -> None:
-    kv, weight = (torch.randn(3, dim) * 4).to(dtype), (1 + 0.1 * torch.randn(dim)).to(weight_dtype)
+    # A wide range: only values far below their block's maximum show how long a block is.
+    kv = (torch.randn(3, dim) * 2.0 ** torch.randint(-14, 3, (3, dim))).to(dtype)
+    weight = (1 + 0.1 * torch.randn(dim)).to(weight_dtype)
     positions, inv_freq = torch.tensor([0, 130, 700_000]), frequencies(64, 160_000.0)
     plain = kv_norm_rope(kv, weight, positions, inv_freq, EPS, quantize=False)
     got = kv_norm_rope(kv, weight, positions, inv_freq, EPS, quantize=True)

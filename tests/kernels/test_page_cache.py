@@ -121,6 +121,14 @@ def test_maximum_that_rounds_down_across_a_power_of_two() -> None:
         assert torch.equal(round_entries(row, layout), row)
 
 
+@pytest.mark.parametrize("k", [-100, -1, 0, 30])
+def test_index_scale_of_an_exact_power_of_two(k: int) -> None:
+    """amax = 448 * 2^k takes scale 2^k and no larger: the smallest e4m3 value is still stored."""
+    row = torch.zeros(1, 128)
+    row[0, :3] = torch.tensor([448.0, 2.0**-9, -3 * 2.0**-9]) * 2.0**k
+    assert torch.equal(round_entries(row, index_layout(CacheDtype.FP8, 128, 4)), row)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fp4_vectors_survive_bit_for_bit(dtype: torch.dtype) -> None:
     """Sub-scales of the four blocks up to 2^14 apart fold into e4m3 with one power-of-two scale."""

@@ -16,7 +16,8 @@ from kernels import (
     sparse_attention,
     store_entries,
 )
-from kernels.sparse_attention import keys, reference
+from kernels.sparse_attention import keys as keys_of
+from kernels.sparse_attention import reference
 from tests.kernels.oracle64 import (
     CACHE_DTYPES,
     DTYPES,
@@ -184,10 +185,17 @@ PREFILL = ([0] * 6 + [1] * 5, [11, 3, 0, 7, 11, 1, 6, 6, 0, 1, 5])
 @pytest.mark.parametrize("cache", CACHE_DTYPES)
 @pytest.mark.parametrize("rows", [DECODE, PREFILL], ids=["decode", "prefill"])
 @pytest.mark.parametrize("width", [None, 4, 8], ids=["all", "top4", "top8"])
+@pytest.mark.parametrize("gather_cost", [0, 32])
 def test_entries(
-    dtype: torch.dtype, cache: CacheDtype, rows: tuple[list[int], list[int]], width: int | None
+    dtype: torch.dtype,
+    cache: CacheDtype,
+    rows: tuple[list[int], list[int]],
+    width: int | None,
+    gather_cost: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """All entries, few of many (gathered), most of few (masked): window and sink in the same sum."""
+    """All entries, chosen ones gathered or masked: window and sink in the same sum."""
+    monkeypatch.setattr(keys_of, "_GATHER_COST", gather_cost)
     row_seq, counts = rows
     tokens, pages = len(row_seq), Pages((11, 6), cache=cache, dtype=dtype)
     pages.block_table[0, 1] = -1  # entries 4..7 of sequence 0 live elsewhere
@@ -238,8 +246,15 @@ def test_rows_without_any_key(sink: torch.Tensor | None, rows: int) -> None:
 
 @pytest.mark.parametrize("rows", [DECODE, PREFILL], ids=["decode", "prefill"])
 @pytest.mark.parametrize("width", [None, 4, 8], ids=["all", "top4", "top8"])
-def test_one_bad_request_stays_alone(rows: tuple[list[int], list[int]], width: int | None) -> None:
+@pytest.mark.parametrize("gather_cost", [0, 32])
+def test_one_bad_request_stays_alone(
+    rows: tuple[list[int], list[int]],
+    width: int | None,
+    gather_cost: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """NaN keys that a query may not see do not reach it, though its neighbours use them."""
+    monkeypatch.setattr(keys_of, "_GATHER_COST", gather_cost)
     row_seq, counts = rows
     tokens, pages = len(row_seq), Pages((11, 6))
     index = None if width is None else ragged_index(counts, width)
@@ -277,7 +292,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
             single = sparse_attention(q, window, entries, sink=None, scale=0.1)
         check(single, (want[0].double(), want[1].double()), torch.float32)
         with monkeypatch.context() as patch:  # too many entries to keep decoded: read per chunk
-            patch.setattr(keys, "_CACHED_VALUES", 0)
+            patch.setattr(keys_of, "_CACHED_VALUES", 0)
             gathered = sparse_attention(q, window, entries, sink=None, scale=0.1)
         check(gathered, (want[0].double(), want[1].double()), torch.float32)
 
