@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from cluster.detokenizer import Detokenizer
 from cluster.errors import EngineDead, RequestError, WorkerFailure
@@ -21,6 +23,7 @@ from cluster.executor import Executor, Report
 from cluster.intake import Intake, Prompt
 from cluster.limits import SchedulerLimits
 from cluster.live_request import LiveRequest
+from cluster.mailbox import Mailbox
 from cluster.params import GenerationParams
 from cluster.scheduler import Scheduler
 from cluster.sequence import FinishReason, Request, Sequence
@@ -28,7 +31,7 @@ from cluster.stats import EngineStats
 from cluster.step_result import SequenceUpdate
 from cluster.tokenizer import Tokenizer
 from worker.config import WorkerConfig
-from worker.protocol import CacheInfo, StepOutput, StepPlan
+from worker.protocol import CacheInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +77,7 @@ class LLMEngine:
         )
         self._failures: deque[float] = deque()  # times within the rebuild window
         self._rebuild_due = False
-        self._events: list[RequestEvent] = []  # for the caller of step()
-        self._inboxes: dict[int, deque[RequestEvent]] = {}  # of requests that an iterator reads
+        self._mailbox = Mailbox(self._advance, self.abort)
 
     # -- life -------------------------------------------------------------------------------------
 
@@ -94,7 +96,7 @@ class LLMEngine:
         self.dead = self.dead or EngineDead("the engine was shut down")
         self._rebuild_due = False
         self._executor.shutdown()
-        return self._take_events()
+        return self._mailbox.take()
 
     @property
     def scheduler(self) -> Scheduler:
@@ -106,7 +108,7 @@ class LLMEngine:
     @property
     def has_work(self) -> bool:
         """Whether ``step`` has something to do: requests, events to hand out, ranks to rebuild."""
-        return bool(self._live or self._events or self._rebuild_due)
+        return bool(self._live or self._mailbox.has_news or self._rebuild_due)
 
     def _limits(self, info: CacheInfo) -> SchedulerLimits:
         return SchedulerLimits.build(self.config.worker, info, self.config.vocab_size)
@@ -171,12 +173,12 @@ class LLMEngine:
         """
         if params is None or isinstance(params, GenerationParams):
             params = [params or GenerationParams()] * len(prompts)
-        pairs = list(zip(prompts, params, strict=True))
-        adders = [
-            lambda i=i, prompt=prompt, item=item: self._add(prompt, item, index=i)
-            for i, (prompt, item) in enumerate(pairs)
-        ]
-        return self._read(*self._add_all(adders))
+        return self._mailbox.submit(
+            [
+                partial(self._add, prompt, item, index)
+                for index, (prompt, item) in enumerate(zip(prompts, params, strict=True))
+            ]
+        )
 
     def score(self, requests: SequenceOf[ScoreRequest]) -> Iterator[ScoreRows]:
         """Logit rows of ``requests``, teacher-forced, as they come; each request's in order.
@@ -184,51 +186,15 @@ class LLMEngine:
         Works on token ids alone, reads no prefix cache and leaves nothing in it. RequestError at
         once if one is refused; WorkerFailure if a rank failed.
         """
-        adders = [
-            lambda i=i, item=item: self._add_score(item, i) for i, item in enumerate(requests)
-        ]
-        return self._read_scores(*self._add_all(adders))
+        adders = [partial(self._add_score, item, index) for index, item in enumerate(requests)]
+        return self._score_rows(self._mailbox.submit(adders))
 
-    def _read_scores(self, ids: list[int], inbox: deque[RequestEvent]) -> Iterator[ScoreRows]:
-        for event in self._read(ids, inbox):
+    def _score_rows(self, events: Iterator[RequestEvent]) -> Iterator[ScoreRows]:
+        for event in events:
             if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
                 raise self.last_failure or EngineDead(event.error or "the request was aborted")
             if event.score is not None:
                 yield event.score
-
-    def _add_all(
-        self, adders: SequenceOf[Callable[[], int]]
-    ) -> tuple[list[int], deque[RequestEvent]]:
-        """Queue all requests or none; their ids and the inbox that their events go to."""
-        inbox: deque[RequestEvent] = deque()
-        ids: list[int] = []
-        try:
-            for add in adders:
-                ids.append(add())
-                self._inboxes[ids[-1]] = inbox
-        except RequestError:
-            self._leave(ids)
-            raise
-        return ids, inbox
-
-    def _read(self, ids: list[int], inbox: deque[RequestEvent]) -> Iterator[RequestEvent]:
-        left = len(ids)
-        try:
-            while left:
-                while inbox:
-                    event = inbox.popleft()
-                    left -= event.finished
-                    yield event
-                if left:
-                    self._advance()
-        finally:
-            self._leave(ids)
-
-    def _leave(self, ids: list[int]) -> None:
-        """Nobody reads these requests any more."""
-        for request_id in ids:
-            self.abort(request_id)
-            self._inboxes.pop(request_id, None)
 
     # -- steps ------------------------------------------------------------------------------------
 
@@ -238,13 +204,9 @@ class LLMEngine:
         After a rank failed, the requests it cost are told at once and the next call rebuilds the
         ranks. EngineDead once that was necessary too often and all last events are handed out.
         """
-        if self.dead is None or not self._events:
+        if self.dead is None or not self._mailbox.has_news:
             self._advance()
-        return self._take_events()
-
-    def _take_events(self) -> list[RequestEvent]:
-        events, self._events = self._events, []
-        return events
+        return self._mailbox.take()
 
     def _advance(self) -> None:
         self._check_alive()
@@ -264,7 +226,10 @@ class LLMEngine:
         except WorkerFailure as failure:
             self._fail(failure)
             return
-        self._count(plan, output, self._clock() - began)
+        self.stats.add_step(plan, output, self._clock() - began)
+        self.stats.prefix_queries = self.scheduler.prefix_counters.queries
+        self.stats.prefix_hits = self.scheduler.prefix_counters.hits
+        self.stats.num_preemptions = self.scheduler.num_preemptions
         for update in updates:
             self._tell(self._live[update.seq.request_id], update)
 
@@ -272,8 +237,7 @@ class LLMEngine:
         """Turn a sequence's update into an event."""
         seq = live.seq
         if seq.request.score is not None:
-            event = live.score_event(update, self.config.vocab_size)
-            self._emit(live, event)
+            self._emit(live, score=live.score_rows(update, self.config.vocab_size))
             return
         if not update.token_ids and not update.prompt_logprobs:
             return  # a chunk inside the prompt
@@ -285,32 +249,21 @@ class LLMEngine:
             del seq.token_ids[seq.num_tokens - (len(update.token_ids) - kept) :]
         self._emit(
             live,
-            replace(
-                live.event(),
-                text=text,
-                token_ids=update.token_ids[:kept],
-                logprobs=update.logprobs[:kept],
-                prompt_logprobs=update.prompt_logprobs,
-            ),
+            text=text,
+            token_ids=update.token_ids[:kept],
+            logprobs=update.logprobs[:kept],
+            prompt_logprobs=update.prompt_logprobs,
         )
 
-    def _emit(self, live: LiveRequest, event: RequestEvent | None = None) -> None:
-        """Hand an event to who reads the request; the last one ends it here too."""
+    def _emit(self, live: LiveRequest, **news: Any) -> None:
+        """Hand the news to who reads the request; the last ones end it here too."""
         seq = live.seq
         if seq.is_finished and seq.finish_reason is not None:
             seq.timings.finished = self._clock()
             del self._live[seq.request_id]
             reason = seq.finish_reason.value
             self.stats.finished[reason] = self.stats.finished.get(reason, 0) + 1
-        box = self._inboxes.get(seq.request_id, self._events)
-        box.append(live.event() if event is None else event)
-
-    def _count(self, plan: StepPlan, output: StepOutput, seconds: float) -> None:
-        scheduler = self.scheduler
-        self.stats.add_step(plan, output, seconds)
-        self.stats.prefix_queries = scheduler.prefix_counters.queries
-        self.stats.prefix_hits = scheduler.prefix_counters.hits
-        self.stats.num_preemptions = scheduler.num_preemptions
+        self._mailbox.post(replace(live.event(), **news))
 
     # -- failures ---------------------------------------------------------------------------------
 
@@ -322,7 +275,7 @@ class LLMEngine:
         while self._failures[0] < now - self.config.rebuild_window_s:
             self._failures.popleft()
         for seq in self.scheduler.drop_running():
-            self._end_with_error(self._live[seq.request_id], str(failure))
+            self._emit(self._live[seq.request_id], error=str(failure))
         self._rebuild_due = len(self._failures) <= self.config.max_rebuilds
         if not self._rebuild_due:
             self.dead = EngineDead(
@@ -331,7 +284,7 @@ class LLMEngine:
             )
             for live in list(self._live.values()):
                 self.scheduler.finish(live.seq, FinishReason.ERROR)
-                self._end_with_error(live, str(self.dead))
+                self._emit(live, error=str(self.dead))
 
     def _rebuild(self) -> None:
         try:
@@ -347,7 +300,4 @@ class LLMEngine:
                 self.scheduler.placement.check_fits(live.seq.request.max_len)
             except RequestError as error:  # the new ranks hold less
                 self.scheduler.finish(live.seq, FinishReason.ERROR)
-                self._end_with_error(live, str(error))
-
-    def _end_with_error(self, live: LiveRequest, error: str) -> None:
-        self._emit(live, replace(live.event(), error=error))
+                self._emit(live, error=str(error))

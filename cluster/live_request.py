@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from cluster.detokenizer import Detokenizer
 from cluster.events import RequestEvent, ScoreRows
 from cluster.sequence import FinishReason, Sequence
@@ -55,9 +53,9 @@ class LiveRequest:
         piece, stopped = detokenizer.finish(check_stop=check)
         return text + piece, len(token_ids), stopped
 
-    def score_event(self, update: SequenceUpdate, vocab_size: int) -> RequestEvent:
+    def score_rows(self, update: SequenceUpdate, vocab_size: int) -> ScoreRows:
         """The rows a step brought."""
-        rows = ScoreRows(
+        return ScoreRows(
             index=self._index,
             start=update.row_start,
             num_rows=update.num_rows,
@@ -66,4 +64,3 @@ class LiveRequest:
             mtp_logits=update.mtp_logits,
             finished=self.seq.is_finished,
         )
-        return replace(self.event(), score=rows)

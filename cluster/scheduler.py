@@ -71,7 +71,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether any sequence waits or runs."""
-        return bool(self.waiting or self.running)
+        return bool(self.sequences)
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence; ids must increase. RequestError if it could never run."""
@@ -152,23 +152,22 @@ class Scheduler:
                 seq = admitted
             else:
                 return slices
-            size = self._chunk_size(seq, budget, rows)
-            if size:
+            if size := self._chunk_size(seq, budget, rows):
                 slices.append(self._prefill_slice(seq, size, planned))
                 budget -= size
-                rows -= size * _logit_rows(seq)
+                rows -= size * seq.logit_rows
 
     def _chunk_size(self, seq: Sequence, budget: int, rows: int) -> int:
         """Tokens of the next chunk; 0 if the step has no room for any."""
         size = min(seq.prefill_target - seq.num_computed, budget)
         if seq.request.score is not None:
-            size = min(size, rows // _logit_rows(seq))
+            size = min(size, rows // seq.logit_rows)
         return size
 
     def _admit_next(self, inits: list[SlotInit]) -> Sequence | None:
         """Start the first waiting sequence if slots, blocks and a step's logits allow."""
         seq = self.waiting[0]
-        rows = sum(map(_logit_rows, self.running)) + _logit_rows(seq)
+        rows = sum(item.logit_rows for item in [*self.running, seq])
         if rows > self.limits.max_logit_rows:
             return None
         # One block each for those who will need it: else admission would only feed preemption.
@@ -299,10 +298,3 @@ class Scheduler:
             logits=result.logits,
             mtp_logits=result.mtp_logits,
         )
-
-
-def _logit_rows(seq: Sequence) -> int:
-    """Logit rows that one token of a scoring sequence returns; 0 for any other."""
-    if seq.request.score is None:
-        return 0
-    return 2 if seq.request.score.mtp else 1

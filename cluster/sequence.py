@@ -165,6 +165,12 @@ class Sequence:
         return len(self.token_ids)
 
     @property
+    def logit_rows(self) -> int:
+        """Logit rows that each token returns: 0 unless scored, 2 with the MTP logits."""
+        score = self.request.score
+        return 0 if score is None else 1 + score.mtp
+
+    @property
     def is_finished(self) -> bool:
         """Whether the sequence has ended."""
         return self.status is SequenceStatus.FINISHED
