@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from dataclasses import replace
 
 from cluster.config import ClusterConfig
 from cluster.executor import Report
@@ -85,13 +86,14 @@ class GangExecutor:
             self._gang.stop()
         config, limits = self._config, self._config.cluster
         placement = self._launcher.place(report)
+        worker = replace(config.worker(load_mtp=self._load_mtp), device=placement.device)
         key = secrets.token_bytes(KEY_BYTES)
         endpoint = EngineEndpoint(placement.engine_host, key, limits.max_message_bytes)
         gang = Gang(self._launcher, endpoint, limits, config.parallel.world)
         self._gang = gang
         starts = [
             RankStart(
-                config=config.worker(load_mtp=self._load_mtp),
+                config=worker,
                 rank=rank,
                 device_index=placement.devices[rank],
                 key=key,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from cluster.executor import Report
 from cluster.rank_start import RankStart
@@ -16,6 +16,7 @@ class Placement:
 
     engine_host: str  # address of this machine on which the ranks can reach us
     store_host: str  # address of rank 0's machine on which the others can reach it
+    device: Literal["auto", "cpu", "cuda"]  # what the ranks compute on
     devices: tuple[int, ...]  # of every rank: CUDA device, counted within those its process sees
     env: dict[str, str]  # for every rank, see rank_env
 

@@ -35,9 +35,10 @@ class LocalLauncher:
 
     notice_s = 0.3
 
-    def __init__(self, world: int, log_dir: str) -> None:
-        self._world = world
-        self._log_dir = log_dir
+    def __init__(self, config: ClusterConfig) -> None:
+        self._world = config.parallel.world
+        self._device = config.device
+        self._log_dir = config.cluster.log_dir
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._processes: list[subprocess.Popen[bytes]] = []
 
@@ -47,6 +48,7 @@ class LocalLauncher:
         return Placement(
             engine_host=LOOPBACK,
             store_host=LOOPBACK,
+            device=self._device,
             devices=tuple(range(self._world)),
             env=rank_env(os.environ, ranks_per_node=self._world, one_machine=True),
         )
@@ -137,10 +139,9 @@ class LocalExecutor(GangExecutor):
         worker_class: str = WORKER_CLASS,
         store_module: str = STORE_MODULE,
     ) -> None:
-        launcher = LocalLauncher(config.parallel.world, config.cluster.log_dir)
         super().__init__(
             config,
-            launcher,
+            LocalLauncher(config),
             load_mtp=load_mtp,
             worker_class=worker_class,
             store_module=store_module,

@@ -68,6 +68,8 @@ class RayLauncher:
         deadline = begin + self._config.cluster.start_deadline_s
         gpus = self._needs_gpus()
         per_node = self._world // self._config.cluster.nodes
+        if self._config.device == "auto":
+            report(f"device auto: {'cuda' if gpus else 'cpu'} (Ray has {self._gpus()} GPU(s))")
         if self._group is None:
             self._group = self._reserve(per_node, gpus, deadline, report)
         self._start_actors(per_node, gpus, deadline)
@@ -80,6 +82,7 @@ class RayLauncher:
         return Placement(
             engine_host=_LOOPBACK if one_machine else self._runtime.node_ip(),
             store_host=_LOOPBACK if one_machine else self._places[0].node_ip,
+            device="cuda" if gpus else "cpu",
             devices=tuple(max(0, place.device_index) for place in self._places),
             env=rank_env(os.environ, ranks_per_node=per_node, one_machine=one_machine),
         )
@@ -143,7 +146,7 @@ class RayLauncher:
 
     def _needs_gpus(self) -> bool:
         """Whether every rank gets a GPU; ``auto`` takes them when Ray has enough."""
-        have = int(self._runtime.total("GPU"))
+        have = self._gpus()
         if self._config.device == "cuda" and have < self._world:
             text = f"device cuda needs {self._world} GPUs, Ray has {have}"
             raise WorkerFailure(-1, "placement", -1, text)
@@ -151,22 +154,26 @@ class RayLauncher:
             self._config.device == "auto" and have >= self._world
         )
 
+    def _gpus(self) -> int:
+        return int(self._runtime.total("GPU"))
+
     def _reserve(self, per_node: int, gpus: bool, deadline: float, report: Report) -> Any:
         bundle = {"CPU": float(per_node)} | ({"GPU": float(per_node)} if gpus else {})
         nodes = self._config.cluster.nodes
         group = placement_group([bundle] * nodes, strategy="STRICT_SPREAD")
         said = False
-        while not group.wait(5):
+        while not group.wait(max(0.5, min(5.0, deadline - time.monotonic()))):
             if not said:
                 said = True
-                report(
-                    f"waiting for {nodes} machine(s) with {bundle}; free: {self._runtime.free()}"
-                )
+                report(f"waiting for {nodes} machine(s) with {bundle}; free: {self._free()}")
             if time.monotonic() > deadline:
                 remove_placement_group(group)
-                text = f"Ray has no room for {nodes} x {bundle}; free: {self._runtime.free()}"
+                text = f"Ray has no room for {nodes} x {bundle}; free: {self._free()}"
                 raise WorkerFailure(-1, "placement", -1, text)
         return group
+
+    def _free(self) -> str:
+        return ", ".join(f"{name} {self._runtime.free(name):g}" for name in ("CPU", "GPU"))
 
     def _start_actors(self, per_node: int, gpus: bool, deadline: float) -> None:
         env = {"PYTHONPATH": import_path(os.environ)}

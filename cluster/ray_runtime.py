@@ -45,6 +45,9 @@ class RayRuntime:
                 ray.init(address=self._config.address, **_quiet())
             else:
                 self._start()
+            # Ray prints the raylet's complaints to stdout, where only results belong, and has no public
+            # switch for it; the failures they tell of reach the user as WorkerFailure.
+            ray._private.worker._worker_logs_enabled = False
             # Ray takes SIGTERM for itself; what our process does then is not its business.
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, before)
@@ -71,10 +74,9 @@ class RayRuntime:
         """How much of a resource the cluster has."""
         return float(ray.cluster_resources().get(resource, 0.0))  # type: ignore[no-untyped-call]
 
-    def free(self) -> str:
-        """CPUs and GPUs that nobody uses, for messages."""
-        free = ray.available_resources()  # type: ignore[no-untyped-call]
-        return ", ".join(f"{name} {free.get(name, 0):g}" for name in ("CPU", "GPU"))
+    def free(self, resource: str) -> float:
+        """How much of a resource nobody uses."""
+        return float(ray.available_resources().get(resource, 0.0))  # type: ignore[no-untyped-call]
 
     def error_log(self, pid: int) -> Path | None:
         """Where a process of the Ray we started writes its errors."""

@@ -295,7 +295,7 @@ sys.path.insert(0, {root!r})
 from tests.helpers.cluster_faces import config, plan
 from cluster.local_executor import LocalExecutor
 
-executor = LocalExecutor(config(), worker_class={worker!r}, store_module={store!r})
+executor = LocalExecutor(config("cluster.log_dir={logs}"), worker_class={worker!r}, store_module={store!r})
 try:
     executor.start(lambda line: None)
     executor.execute(plan(1))
@@ -310,7 +310,9 @@ finally:
 @pytest.fixture
 def engine(repo_root: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """An engine process of its own, started in a folder that knows nothing of the repository."""
-    text = SCRIPT.format(root=str(repo_root), worker=f"{FAKE}FakeWorker", store=STORE)
+    text = SCRIPT.format(
+        root=str(repo_root), worker=f"{FAKE}FakeWorker", store=STORE, logs=tmp_path / "logs"
+    )
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     process = subprocess.Popen(
         [sys.executable, "-c", text],

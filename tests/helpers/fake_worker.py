@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from model.parallel.config import MeshCoord
 from worker.config import WorkerConfig
@@ -72,6 +73,14 @@ class TellingWorker(FakeWorker):
             "init_method": self.init_method,
         }
         print("FACTS", facts, flush=True)
+
+
+class PidWorker(FakeWorker):
+    """Writes its pid where the test finds it."""
+
+    def warm_up(self) -> None:
+        folder = Path(os.environ["GLOO_TEST_PID_DIR"])
+        (folder / f"pid{self.coord.rank}").write_text(str(os.getpid()))
 
 
 class LoadError(FakeWorker):

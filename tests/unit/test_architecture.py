@@ -25,7 +25,7 @@ THIRD_PARTY = {
     "ray": ("cluster/",),
     "yaml": ("cluster/",),
     "triton": ("kernels/",),
-    "torch.distributed": ("model/parallel/", "worker/distributed.py"),
+    "torch.distributed": ("model/parallel/", "worker/distributed.py", "worker/rendezvous.py"),
     "transformers": (),
     "accelerate": (),
 }
