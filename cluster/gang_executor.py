@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from cluster.gang import Gang
 from cluster.launcher import Launcher
 from cluster.rank_start import STORE_MODULE, WORKER_CLASS, RankStart
 from cluster.transport import EngineEndpoint
+from worker.config import ModelSource
 from worker.protocol import CacheInfo, StepOutput, StepPlan
 from worker.wire import KEY_BYTES
 
@@ -86,7 +88,11 @@ class GangExecutor:
             self._gang.stop()
         config, limits = self._config, self._config.cluster
         placement = self._launcher.place(report)
-        worker = replace(config.worker(load_mtp=self._load_mtp), device=placement.device)
+        worker = replace(
+            config.worker(load_mtp=self._load_mtp),
+            device=placement.device,
+            model=_absolute(config.model),
+        )
         key = secrets.token_bytes(KEY_BYTES)
         endpoint = EngineEndpoint(placement.engine_host, key, limits.max_message_bytes)
         gang = Gang(self._launcher, endpoint, limits, config.parallel.world)
@@ -115,3 +121,10 @@ class GangExecutor:
         if self._gang is None:
             raise RuntimeError("the executor has not been started")
         return self._gang
+
+
+def _absolute(model: ModelSource) -> ModelSource:
+    """Paths as the ranks see them: an actor need not run in our working directory."""
+    path = os.path.abspath(model.path) if model.path else ""
+    shape = os.path.abspath(model.shape) if os.path.isfile(model.shape) else model.shape
+    return replace(model, path=path, shape=shape)

@@ -266,13 +266,15 @@ def test_sockets_are_loopback_only(make: Make) -> None:
 def test_facts_of_a_rank(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Own session, own device, threads shared out, log in the named folder, key on no command line."""
     monkeypatch.delenv("OMP_NUM_THREADS")
-    executor = make(f"cluster.log_dir={tmp_path}/logs", worker="TellingWorker")
+    monkeypatch.chdir(tmp_path)
+    executor = make("cluster.log_dir=logs", "model.path=some/model", worker="TellingWorker")
     executor.start(quiet)
     cores = len(os.sched_getaffinity(0))
     for rank, pid in enumerate(ranks()):
         facts = (tmp_path / "logs" / f"rank{rank}.log").read_text()
         assert f"'device_index': {rank}" in facts
         assert f"'omp': '{max(1, cores // 2)}'" in facts
+        assert f"'model_path': '{tmp_path}/some/model'" in facts
         assert "'init_method': 'tcp://127.0.0.1:1'" in facts
         assert os.getsid(pid) == pid
         command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")

@@ -66,8 +66,7 @@ class TellingWorker(FakeWorker):
     def warm_up(self) -> None:
         facts = {
             "rank": self.coord.rank,
-            "pid": os.getpid(),
-            "cwd": os.getcwd(),
+            "model_path": self.config.model.path,
             "device_index": self.device_index,
             "omp": os.environ["OMP_NUM_THREADS"],
             "init_method": self.init_method,
