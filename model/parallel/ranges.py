@@ -90,6 +90,7 @@ def subtract(
 
 
 def expand(spans: Iterable[tuple[int, int, int]]) -> tuple[Indices, Indices]:
+    """(request, position) of every row of ``(request, start, end)`` spans, int64, in order."""
     listed = np.array(list(spans), dtype=np.int64).reshape(-1, 3)
     lengths = listed[:, 2] - listed[:, 1]
     first = np.cumsum(lengths) - lengths
@@ -126,5 +127,6 @@ def lookup(tables: Sequence[Table], rows: RowRange, bases: Sequence[int]) -> Ind
 
 
 def lookup_all(tables: Sequence[Table], ranges: Iterable[RowRange]) -> Indices:
+    """Offsets of all rows of ``ranges``, one range after the other; see ``lookup``."""
     found = [lookup(tables, r, (0,) * len(tables)) for r in ranges]
     return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
