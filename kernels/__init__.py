@@ -35,7 +35,11 @@ if TYPE_CHECKING:  # the same exports, for type checkers and editors
     )
     from kernels.merge_lse.api import merge_lse as merge_lse
     from kernels.moe_gate.api import moe_gate as moe_gate
-    from kernels.numerics import Numerics as Numerics
+    from kernels.numerics import (
+        Numerics as Numerics,
+        wide_dtype as wide_dtype,
+        widen as widen,
+    )
     from kernels.page_cache.api import (
         load_entries as load_entries,
         round_entries as round_entries,
@@ -74,6 +78,8 @@ if TYPE_CHECKING:  # the same exports, for type checkers and editors
 _EXPORTS: dict[str, str] = {
     "KernelContractError": "kernels.contract",
     "Numerics": "kernels.numerics",
+    "wide_dtype": "kernels.numerics",
+    "widen": "kernels.numerics",
     "CacheDtype": "kernels.page_layout",
     "EntryKind": "kernels.page_layout",
     "PageLayout": "kernels.page_layout",

@@ -24,7 +24,8 @@ def check_tensor(
         name: op and argument, as ``"linear: x"``.
         tensor: the argument.
         shape: expected sizes; None inside the tuple allows any size, ``shape=None`` any shape.
-        dtype: the dtype, or the dtypes, that are allowed.
+        dtype: the dtype, or the dtypes, that are allowed. Where float32 is, float64 is too: the
+            references then compute everything in float64 (``kernels.numerics.widen``).
         device: the device it must be on (the index counts only when ``device`` has one).
 
     The last dimension must be contiguous (stride 1) unless it has at most one element; leading
@@ -40,6 +41,8 @@ def check_tensor(
         raise KernelContractError(f"{name}: expected shape [{want}], got {list(tensor.shape)}")
     if dtype is not None:
         allowed = dtype if isinstance(dtype, tuple) else (dtype,)
+        if torch.float32 in allowed:
+            allowed = (*allowed, torch.float64)
         if tensor.dtype not in allowed:
             want = " or ".join(str(d).removeprefix("torch.") for d in allowed)
             got = str(tensor.dtype).removeprefix("torch.")

@@ -55,9 +55,14 @@ class PageLayout:
     def __post_init__(self) -> None:
         if self.entries_per_page < 1 or self.head_dim < 1:
             raise ValueError(
-                f"page layout: entries_per_page {self.entries_per_page} and head_dim {self.head_dim} must be >= 1"
+                f"page layout: entries_per_page {self.entries_per_page} and head_dim"
+                f" {self.head_dim} must be >= 1"
             )
-        if self.dtype is CacheDtype.FP8 and self.kind is EntryKind.LATENT and self.nope_dim % QUANT_BLOCK:
+        if (
+            self.dtype is CacheDtype.FP8
+            and self.kind is EntryKind.LATENT
+            and self.nope_dim % QUANT_BLOCK
+        ):
             raise ValueError(
                 f"page layout: fp8 latent entries need (head_dim - rope_dim) % {QUANT_BLOCK} == 0,"
                 f" got {self.head_dim} - {self.rope_dim}"

@@ -13,6 +13,7 @@ from kernels.linear.api import PreparedWeight
 from kernels.rope.api import check_rope_inputs
 
 _FLOATS = (torch.float32, torch.bfloat16)
+_DTYPES = (*_FLOATS, torch.float64)
 _OVERLAP = {4: 2, 128: 1}  # ratio -> groups an entry pools
 
 
@@ -82,7 +83,8 @@ def compress(
         ratio: 4 or 128.
         index: an indexer key instead of a KV latent.
         quantize: apply the official rounding.
-        dtype: compute dtype, float32 or bfloat16.
+        dtype: dtype of the entries: float32, bfloat16 or float64. float64 here or in ``rows`` pools in
+            float64.
 
     Returns:
         [E, d] in ``dtype``.
@@ -93,8 +95,8 @@ def compress(
     """
     if ratio not in _OVERLAP:
         raise KernelContractError(f"compress: ratio {ratio}, allowed: 4, 128")
-    if dtype not in _FLOATS:
-        raise KernelContractError(f"compress: dtype {dtype}, allowed: float32, bfloat16")
+    if dtype not in _DTYPES:
+        raise KernelContractError(f"compress: dtype {dtype}, allowed: float32, bfloat16, float64")
     series = _OVERLAP[ratio]
     head_dim = norm_weight.shape[0]
     device = rows.device

@@ -10,6 +10,7 @@ from kernels.index_query.reference import hadamard
 from kernels.kv_norm_rope.reference import round_nope
 from kernels.linear.api import PreparedWeight
 from kernels.linear.reference import linear
+from kernels.numerics import widen
 from kernels.quant.reference import fake_quant_fp4
 from kernels.rms_norm.reference import rms_norm
 from kernels.rope.reference import apply_rope
@@ -22,10 +23,10 @@ def compressor_rows(
     x: Tensor, wkv: PreparedWeight, wgate: PreparedWeight, ape: Tensor, positions: Tensor
 ) -> Tensor:
     """See ``kernels.compress.api.compressor_rows``."""
-    x = x.to(torch.float32)
-    u = linear(x, wkv, quantize=False, out_dtype=torch.float32)
-    g = linear(x, wgate, quantize=False, out_dtype=torch.float32)
-    return torch.cat((u, g + ape[positions % ape.shape[0]]), dim=-1)
+    x = widen(x)
+    u = linear(x, wkv, quantize=False)
+    g = linear(x, wgate, quantize=False)
+    return torch.cat((u, g + ape.to(x.dtype)[positions % ape.shape[0]]), dim=-1)
 
 
 def compress(
@@ -50,18 +51,19 @@ def compress(
             )
     head_dim = norm_weight.shape[0]
     pooled = torch.empty(row_index.shape[0], head_dim, dtype=dtype, device=rows.device)
+    wide = torch.float64 if torch.float64 in (rows.dtype, dtype) else torch.float32
     step = max(1, _CHUNK // (row_index.shape[1] * head_dim))
     for first in range(0, row_index.shape[0], step):
         part = slice(first, first + step)
-        pooled[part] = _pool(rows, row_index[part], head_dim, ratio).to(dtype)
+        pooled[part] = _pool(rows, row_index[part], head_dim, ratio, wide).to(dtype)
     entries = apply_rope(rms_norm(pooled, norm_weight, eps), positions, inv_freq)
     if not quantize:
         return entries
     return fake_quant_fp4(hadamard(entries)) if index else round_nope(entries, 2 * inv_freq.numel())
 
 
-def _pool(rows: Tensor, row_index: Tensor, head_dim: int, ratio: int) -> Tensor:
-    """Pooled f32 [E, d]: one softmax per channel over all slots of an entry."""
+def _pool(rows: Tensor, row_index: Tensor, head_dim: int, ratio: int, wide: torch.dtype) -> Tensor:
+    """Pooled [E, d] in ``wide``: one softmax per channel over all slots of an entry."""
     width = rows.shape[1] // 2
     values, gates = [], []
     # Series s holds slots s*ratio.. of every entry and reads columns s*d.. of u and of g.
@@ -78,7 +80,7 @@ def _pool(rows: Tensor, row_index: Tensor, head_dim: int, ratio: int) -> Tensor:
             gathered = torch.stack((u, g), dim=2)
         values.append(gathered[:, :, 0].masked_fill(missing, 0.0))
         gates.append(gathered[:, :, 1].masked_fill(missing, _NEG_INF))
-    u, g = torch.cat(values, dim=1), torch.cat(gates, dim=1)
+    u, g = torch.cat(values, dim=1).to(wide), torch.cat(gates, dim=1).to(wide)
     top = g.amax(dim=1, keepdim=True)
     weight = (g - top.masked_fill(top == _NEG_INF, 0.0)).exp()
     total = weight.sum(dim=1)

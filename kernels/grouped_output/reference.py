@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from kernels.linear.api import PreparedWeight
+from kernels.numerics import wide_dtype, widen
 from kernels.rope.reference import apply_rope
 
-_CHUNK = 1 << 24  # values of o widened to f32 at once (64 MB)
+_CHUNK = 1 << 24  # values of o widened at once (64 MB in f32)
 
 
 def grouped_output(
@@ -16,14 +17,14 @@ def grouped_output(
 ) -> Tensor:
     """See ``kernels.grouped_output.api.grouped_output``."""
     tokens, heads, dim = o.shape
-    matrix = wo_a.matrix
+    matrix = wo_a.matrix.to(wide_dtype(o.dtype))
     groups = matrix.view(num_groups, matrix.shape[0] // num_groups, matrix.shape[1])
     out = torch.empty(tokens, matrix.shape[0], dtype=o.dtype, device=o.device)
     step = max(1, _CHUNK // max(1, heads * dim))
     for first in range(0, tokens, step):
         rows = slice(first, first + step)
         plain = apply_rope(o[rows], positions[rows], inv_freq, inverse=True)
-        grouped = plain.to(torch.float32).reshape(plain.shape[0], num_groups, -1).transpose(0, 1)
+        grouped = widen(plain).reshape(plain.shape[0], num_groups, -1).transpose(0, 1)
         out[rows] = (
             torch.bmm(grouped, groups.transpose(1, 2)).transpose(0, 1).flatten(1).to(o.dtype)
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.numerics import wide_dtype
 from kernels.page_cache.reference import load_sequence, sequence_runs
 from kernels.page_layout import PageLayout
 
@@ -24,17 +25,18 @@ def index_score(
 ) -> Tensor:
     """See ``kernels.index_score.api.index_score``."""
     tokens, heads, _ = q.shape
+    wide = wide_dtype(q.dtype)
     width = max(0, int(num_entries.max())) if tokens else 0
     # Padded and poisoned on purpose: a consumer that takes the width for the row stride is seen at once.
     stride = (width // _STRIDE + 1) * _STRIDE
-    buffer = torch.full((tokens, stride), float("inf"), dtype=torch.float32, device=q.device)
+    buffer = torch.full((tokens, stride), float("inf"), dtype=wide, device=q.device)
     scores = buffer[:, :width].fill_(float("-inf"))
     for seq, start, stop in sequence_runs(row_seq):
         count = max(0, int(num_entries[start:stop].max())) if seq >= 0 else 0
         if count == 0:
             continue
         keys, present = load_sequence(pool, layout, block_table[seq], count, q.dtype)
-        keys = keys.to(torch.float32)
+        keys = keys.to(wide)
         for left in range(0, count, _COLUMNS):
             right = min(left + _COLUMNS, count)
             step = max(1, _CHUNK // (heads * (right - left)))
@@ -50,6 +52,8 @@ def index_score(
 def _tile(q: Tensor, w: Tensor, keys: Tensor) -> Tensor:
     rows, heads, dim = q.shape
     # Packed copies: a matrix product may sum in another order when its input has another stride.
-    dots = q.to(torch.float32).contiguous().view(rows * heads, dim) @ keys.T
-    weighted = torch.bmm(w.contiguous()[:, None, :], dots.relu_().view(rows, heads, -1))
+    dots = q.to(keys.dtype).contiguous().view(rows * heads, dim) @ keys.T
+    weighted = torch.bmm(
+        w.to(keys.dtype).contiguous()[:, None, :], dots.relu_().view(rows, heads, -1)
+    )
     return weighted[:, 0]

@@ -123,7 +123,7 @@ def linear(
     amax: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``x W^T``, accumulated in float32 and cast once.
+    """``x W^T``, accumulated in float32 (float64 for float64 ``x``) and cast once.
 
     With ``quantize`` and an FP8 or FP4 weight, ``x`` is rounded first (AQ, blocks of 128 aligned to
     global columns). Plain weights never round activations. Float32 products never use TF32.
@@ -134,7 +134,7 @@ def linear(
         quantize: the official rounding steps are on.
         amax: float32 [.., nblocks] block maxima to use instead of those of ``x``, for a slice that
             cuts a 128-block (see ``block_amax``); read only when ``x`` is rounded.
-        out_dtype: float32 or bfloat16; None for ``x.dtype``.
+        out_dtype: float32, bfloat16 or float64; None for ``x.dtype``.
 
     Returns:
         [.., n] in ``out_dtype``.
@@ -150,7 +150,9 @@ def linear(
         shape = (*x.shape[:-1], blocks)
         check_tensor("linear: amax", amax, shape=shape, dtype=torch.float32, device=x.device)
     dtype = x.dtype if out_dtype is None else out_dtype
-    if dtype not in _FLOATS:
-        raise KernelContractError(f"linear: out_dtype: expected float32 or bfloat16, got {dtype}")
+    if dtype not in (*_FLOATS, torch.float64):
+        raise KernelContractError(
+            f"linear: out_dtype: expected float32, bfloat16 or float64, got {dtype}"
+        )
     out: Tensor = kernel("linear", x.device)(x, w, quantize=quantize, amax=amax, out_dtype=dtype)
     return out

@@ -1,4 +1,4 @@
-"""Torch twin of ``linear``: dequantise once, then float32 products."""
+"""Torch twin of ``linear``: dequantise once, then float32 or float64 products."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernels.contract import KernelContractError
 from kernels.linear.api import BLOCK, PreparedWeight, WeightKind
+from kernels.numerics import widen
 from kernels.quant.api import dequant_fp4, dequant_fp8, fake_quant_fp8
 from kernels.weight import BlockWeight
 
@@ -41,7 +42,9 @@ def linear(
 ) -> Tensor:
     """See ``kernels.linear.api.linear``."""
     if quantize and w.kind.rounds_activations:
-        x_in = fake_quant_fp8(x, BLOCK, amax, w.col_offset)
+        x_in = widen(fake_quant_fp8(x, BLOCK, amax, w.col_offset))
     else:
-        x_in = x
-    return F.linear(x_in.float(), w.matrix).to(x.dtype if out_dtype is None else out_dtype)
+        x_in = widen(x)
+    # The matrix is exact in float32, so for float64 rows it is widened here and not kept twice.
+    out = F.linear(x_in, w.matrix.to(x_in.dtype))
+    return out.to(x.dtype if out_dtype is None else out_dtype)

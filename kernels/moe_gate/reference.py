@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.contract import KernelContractError
+from kernels.numerics import widen
 
-_EXP_BELOW = -20.0
+_EXP_BELOW = {torch.float32: -20.0, torch.float64: -40.0}  # exp(x/2) is exact enough below
 _LOGIT_FLOOR = -160.0
 
 
@@ -16,7 +17,7 @@ def _scores(logits: Tensor) -> Tensor:
     """sqrt(softplus(logit)), without underflow; see ``moe_gate`` for the floor."""
     usual = F.softplus(logits, beta=1.0, threshold=20.0).sqrt()
     small = torch.exp(0.5 * logits.clamp(min=_LOGIT_FLOOR))
-    return torch.where(logits < _EXP_BELOW, small, usual)
+    return torch.where(logits < _EXP_BELOW[logits.dtype], small, usual)
 
 
 def moe_gate(
@@ -30,7 +31,8 @@ def moe_gate(
     token_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ``kernels.moe_gate.api.moe_gate``."""
-    scores = _scores(F.linear(x.float(), weight.float()))
+    wide = widen(x)
+    scores = _scores(F.linear(wide, weight.to(wide.dtype)))
     if tid2eid is not None and token_ids is not None:
         ids = _hash_ids(tid2eid, token_ids, weight.shape[0])
     else:

@@ -14,6 +14,7 @@ from kernels.dispatch import kernel
 from kernels.page_layout import PageLayout
 
 _ROW_DTYPES = (torch.float32, torch.bfloat16)
+_LOAD_DTYPES = (*_ROW_DTYPES, torch.float64)
 
 
 def store_entries(pool: Tensor, layout: PageLayout, slots: Tensor, rows: Tensor) -> None:
@@ -22,7 +23,7 @@ def store_entries(pool: Tensor, layout: PageLayout, slots: Tensor, rows: Tensor)
     fp8 latents: FP8 in blocks of 64 with scale 2^ceil(log2(max(amax, 1e-4) / 448)), rotary dims as
     bfloat16. fp8 index entries: one power-of-two scale 2^ceil(log2(amax / 448)). Latents already
     rounded by FQ8(64), and FP4-rounded vectors whose sub-scales spread at most 2^14, are stored
-    without loss.
+    without loss. float64 rows are rounded once, fp32 pages keep them as float32.
 
     Args:
         pool: uint8 [P, layout.page_bytes].
@@ -48,7 +49,7 @@ def load_entries(pool: Tensor, layout: PageLayout, slots: Tensor, dtype: torch.d
         pool: uint8 [P, layout.page_bytes].
         layout: page layout.
         slots: int64 [N]; -1 gives a row of zeros.
-        dtype: float32 or bfloat16.
+        dtype: float32, bfloat16 or float64.
 
     Returns:
         [N, layout.head_dim] in ``dtype``.
@@ -58,8 +59,10 @@ def load_entries(pool: Tensor, layout: PageLayout, slots: Tensor, dtype: torch.d
     """
     check_pool("load_entries", pool, layout, slots.device)
     check_tensor("load_entries: slots", slots, shape=(None,), dtype=torch.int64)
-    if dtype not in _ROW_DTYPES:
-        raise KernelContractError(f"load_entries: dtype {dtype}, allowed: float32, bfloat16")
+    if dtype not in _LOAD_DTYPES:
+        raise KernelContractError(
+            f"load_entries: dtype {dtype}, allowed: float32, bfloat16, float64"
+        )
     result: Tensor = kernel("load_entries", slots.device)(pool, layout, slots, dtype)
     return result
 

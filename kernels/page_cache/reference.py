@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from kernels.contract import KernelContractError
+from kernels.numerics import widen
 from kernels.page_layout import QUANT_BLOCK, CacheDtype, EntryKind, PageLayout
-from kernels.quant.reference import act_quant
+from kernels.quant.reference import act_quant, e4m3_values, round_to_grid, to_e4m3
 
 _E4M3_MAX = 448.0
 _F32_BIAS = 127
@@ -137,18 +138,25 @@ def _encode(rows: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor | None]:
     """Payload bytes [N, payload_bytes] and the used scale bytes [N, <= scale_bytes]."""
     plain = _PLAIN.get(layout.dtype)
     if plain is not None:
-        return rows.to(plain).contiguous().view(torch.uint8), None
+        stored = _to_bfloat16(rows) if plain is torch.bfloat16 else rows.to(plain)
+        return stored.contiguous().view(torch.uint8), None
     if layout.kind is EntryKind.INDEX:
-        values = rows.to(torch.float32)
+        values = widen(rows)
         scale = _ceil_pow2_scale(values.abs().amax(dim=-1, keepdim=True))
-        quantised = (values / scale).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
-        return quantised.view(torch.uint8), scale.view(torch.uint8)
+        return to_e4m3(values / scale).view(torch.uint8), scale.view(torch.uint8)
     nope = layout.nope_dim
     quantised, scale = act_quant(rows[:, :nope], QUANT_BLOCK)
     exponent = scale.contiguous().view(torch.int32) >> _F32_MANTISSA_BITS
-    rope = rows[:, nope:].to(torch.bfloat16).contiguous().view(torch.uint8)
+    rope = _to_bfloat16(rows[:, nope:]).contiguous().view(torch.uint8)
     payload = torch.cat((quantised.view(torch.uint8), rope), dim=-1)
     return payload, exponent.to(torch.uint8)
+
+
+def _to_bfloat16(rows: Tensor) -> Tensor:
+    """Rounded once: torch casts float64 through float32."""
+    if rows.dtype is torch.float64:
+        rows = torch.where(rows.isinf(), rows, round_to_grid(rows, 7, -126))
+    return rows.to(torch.bfloat16)
 
 
 def _ceil_pow2_scale(amax: Tensor) -> Tensor:
@@ -166,17 +174,10 @@ def _decode(payload: Tensor, scales: Tensor, layout: PageLayout, dtype: torch.dt
     if plain is not None:
         return payload.view(plain).to(dtype)
     if layout.kind is EntryKind.INDEX:
-        return (_e4m3_values(payload) * scales.contiguous().view(torch.float32)).to(dtype)
+        return (e4m3_values(payload) * scales.contiguous().view(torch.float32)).to(dtype)
     count, nope = payload.shape[0], layout.nope_dim
     blocks = nope // QUANT_BLOCK
     scale = (scales[:, :blocks].to(torch.int32) << _F32_MANTISSA_BITS).view(torch.float32)
-    values = _e4m3_values(payload[:, :nope]).view(count, blocks, QUANT_BLOCK) * scale[..., None]
+    values = e4m3_values(payload[:, :nope]).view(count, blocks, QUANT_BLOCK) * scale[..., None]
     rope = payload[:, nope:].contiguous().view(torch.bfloat16)
     return torch.cat((values.view(count, nope).to(dtype), rope.to(dtype)), dim=-1)
-
-
-def _e4m3_values(codes: Tensor) -> Tensor:
-    """f32 values of e4m3 bytes by table: torch's own cast is many times slower on a CPU."""
-    every = torch.arange(256, dtype=torch.uint8, device=codes.device)
-    values = every.view(torch.float8_e4m3fn).to(torch.float32)
-    return values.index_select(0, codes.reshape(-1).to(torch.int32)).view(codes.shape)

@@ -15,7 +15,8 @@ def apply_rope(x: Tensor, positions: Tensor, inv_freq: Tensor, inverse: bool = F
     Args:
         x: float32 or bfloat16 [T, d] or [T, H, d].
         positions: int64 [T].
-        inv_freq: float32 [r/2]; the angle is f32(position) * inv_freq, rounded to f32 once.
+        inv_freq: float32 [r/2]; the angle is f32(position) * inv_freq, rounded to f32 once,
+            also for float64 rows.
         inverse: rotate back (sin -> -sin).
 
     Returns:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.contract import KernelContractError
+from kernels.numerics import wide_dtype, widen
 from kernels.page_cache.reference import load_entries, load_sequence
 from kernels.sparse_attention.api import EntryPages, WindowRing, WindowRows
 
@@ -18,7 +19,7 @@ _CACHED_VALUES = 1 << 26  # f32 values of one sequence's entries kept decoded at
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """Keys of a chunk of R queries: f32 rows, shared [M, d] or per query [R, M, d]; bool [R, M]."""
+    """Keys of a chunk of R queries: f32 or f64 rows, shared [M, d] or per query [R, M, d]; bool [R, M]."""
 
     rows: Tensor
     mask: Tensor
@@ -80,11 +81,11 @@ class WindowRowKeys:
         if high - low <= 2 * longest + (stop - start):
             column = torch.arange(low, max(low, high), device=kv.device)
             mask = (column >= first[:, None]) & (column < (first + length)[:, None])
-            return Keys(kv[low : max(low, high)].to(torch.float32).contiguous(), mask)
+            return Keys(widen(kv[low : max(low, high)]).contiguous(), mask)
         column = torch.arange(longest, device=kv.device)
         mask = column < length[:, None]
         index = torch.where(mask, first[:, None] + column, 0)
-        rows = kv[index].to(torch.float32)
+        rows = widen(kv[index])
         return Keys(rows.masked_fill_(~mask[..., None], 0.0), mask)
 
 
@@ -103,7 +104,7 @@ class RingKeys:
     def keys(self, start: int, stop: int) -> Keys:
         slots = self.ring.slots[start:stop]
         rows = load_entries(self.ring.pool, self.ring.layout, slots.reshape(-1), self.dtype)
-        return Keys(rows.to(torch.float32).view(*slots.shape, rows.shape[-1]), slots >= 0)
+        return Keys(widen(rows).view(*slots.shape, rows.shape[-1]), slots >= 0)
 
 
 class GatheredEntryKeys:
@@ -140,13 +141,14 @@ class GatheredEntryKeys:
                 f" the block table holds {e.block_table.shape[1]}"
             )
         if not bool(mask.any()):
-            rows = torch.zeros(*mask.shape, e.layout.head_dim, device=seq.device)
+            wide = wide_dtype(self.dtype)
+            rows = torch.zeros(*mask.shape, e.layout.head_dim, dtype=wide, device=seq.device)
             return Keys(rows, mask)
         page = e.block_table[seq.clamp(min=0), block].to(torch.int64)
         mask = mask & (page >= 0)
         slots = torch.where(mask, page * per_page + entry % per_page, -1)
         rows = load_entries(e.pool, e.layout, slots.reshape(-1), self.dtype)
-        return Keys(rows.to(torch.float32).view(*slots.shape, rows.shape[-1]), mask)
+        return Keys(widen(rows).view(*slots.shape, rows.shape[-1]), mask)
 
 
 class SequenceEntryKeys:
@@ -159,7 +161,7 @@ class SequenceEntryKeys:
         count = max(0, _maximum(entries.num_entries[start:stop])) if seq >= 0 else 0
         table = entries.block_table[max(seq, 0)] if count else entries.block_table.new_empty(0)
         rows, self.present = load_sequence(entries.pool, entries.layout, table, count, dtype)
-        self.rows, self.count = rows.to(torch.float32), count
+        self.rows, self.count = widen(rows), count
         index = entries.index
         # A masked product over all entries beats a gather while heads are few or most are chosen.
         self.dense = index is None or count * heads <= index.shape[1] * (heads + _GATHER_COST)

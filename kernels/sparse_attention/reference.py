@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kernels.numerics import wide_dtype, widen
 from kernels.page_cache.reference import sequence_runs
 from kernels.sparse_attention.api import EntryPages, WindowRing, WindowRows
 from kernels.sparse_attention.keys import (
@@ -35,7 +36,7 @@ def sparse_attention(
     """See ``kernels.sparse_attention.api.sparse_attention``."""
     tokens, heads, dim = q.shape
     o = torch.empty(tokens, heads, dim, dtype=q.dtype, device=q.device)
-    lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
+    lse = torch.empty(tokens, heads, dtype=wide_dtype(q.dtype), device=q.device)
     if tokens == 0:
         return o, lse
     shared: list[KeySource] = []
@@ -77,7 +78,7 @@ def _entry_sources(
 def _attend(
     q: Tensor, keys: list[Keys], sink: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """o (f32 values) and lse of a chunk of rows over all its key lists."""
+    """o (not yet cast) and lse of a chunk of rows over all its key lists."""
     if all(bool(torch.isfinite(k.rows.sum())) for k in keys if k.shared):
         return _softmax_sum(q, keys, sink, scale)
     # Zero weight times NaN is NaN: keep rows that a query does not use away from it.
@@ -93,23 +94,23 @@ def _softmax_sum(
 ) -> tuple[Tensor, Tensor]:
     rows, heads, dim = q.shape
     # Packed copy: a matrix product may sum in another order when its input has another stride.
-    wide = q.to(torch.float32).contiguous()
+    wide = widen(q).contiguous()
     logits = [_scores(wide, k).mul_(scale).masked_fill_(~k.mask[:, None], _NEG_INF) for k in keys]
-    top = torch.full((rows, heads), _NEG_INF, dtype=torch.float32, device=q.device)
+    top = torch.full((rows, heads), _NEG_INF, dtype=wide.dtype, device=q.device)
     for z in logits:
         if z.shape[-1]:
             top = torch.maximum(top, z.amax(dim=-1))
     empty = top == _NEG_INF
     top = top.masked_fill(empty, 0.0)
     total = torch.zeros_like(top)
-    acc = torch.zeros(rows, heads, dim, dtype=torch.float32, device=q.device)
+    acc = torch.zeros(rows, heads, dim, dtype=wide.dtype, device=q.device)
     for z, k in zip(logits, keys, strict=True):
         p = z.sub_(top[..., None]).exp_()
         total += p.sum(dim=-1)
         if q.dtype is torch.bfloat16:
             p = p.to(torch.bfloat16).to(torch.float32)
         acc += _weighted(p, k)
-    denominator = total if sink is None else total + (sink - top).exp()
+    denominator = total if sink is None else total + (sink.to(wide.dtype) - top).exp()
     o = acc / denominator.masked_fill(empty, 1.0)[..., None]
     return o, (total.log() + top).masked_fill(empty, _NEG_INF)
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from kernels import PreparedWeight, block_amax, grouped_output, linear, prepare_weight
+from kernels import (
+    PreparedWeight,
+    block_amax,
+    grouped_output,
+    linear,
+    prepare_weight,
+    wide_dtype,
+)
 
 if TYPE_CHECKING:
     from model.checkpoint.loader import WeightDict
@@ -58,7 +64,8 @@ class AttentionOutput:
         amax = None
         if self.quantize and u.shape[1] % _BLOCK and group.size > 1:
             amax = self._shared_amax(u, start, group)
-        out = linear(u, wo_b, quantize=self.quantize, amax=amax, out_dtype=torch.float32)
+        wide = wide_dtype(u.dtype)
+        out = linear(u, wo_b, quantize=self.quantize, amax=amax, out_dtype=wide)
         return group.all_reduce(out).to(u.dtype)
 
     def _shared_amax(self, u: Tensor, start: int, group: Group) -> Tensor:

@@ -49,7 +49,7 @@ class Compressor:
         self.norm = weights.tensor(f"{prefix}.norm.weight")
 
     def rows(self, x: Tensor, positions: Tensor) -> Tensor:
-        """(u, g + ape) of each token: x [T, D] -> float32 [T, 2 * w]."""
+        """(u, g + ape) of each token: x [T, D] -> float32 [T, 2 * w] (float64 for float64 x)."""
         return compressor_rows(x, self.wkv, self.wgate, self.ape, positions)
 
     def pool(self, rows: Tensor, row_index: Tensor, positions: Tensor) -> Tensor:

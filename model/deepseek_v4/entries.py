@@ -108,7 +108,7 @@ class CompressedEntries:
         plan = batch.groups[self.ratio]
         rows = self._rows(x, batch.positions)
         keep = plan.state_dest >= 0
-        cache.state[plan.state_dest[keep]] = rows[keep]
+        cache.state[plan.state_dest[keep]] = rows[keep].to(cache.state.dtype)
         main = self._pool_main(cache.state, plan.row_index, plan.positions)
         store_entries(cache.main, cache.main_layout, plan.main_slots, main)
         chosen = None

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kernels import index_query, index_score, linear, prepare_weight, topk_merge, topk_select
+from kernels import (
+    index_query,
+    index_score,
+    linear,
+    prepare_weight,
+    topk_merge,
+    topk_select,
+    widen,
+)
 from model.deepseek_v4.compressor import Compressor
 
 if TYPE_CHECKING:
@@ -127,7 +135,7 @@ class Indexer:
         if scores.shape[1]:
             values = scores.gather(1, local.clamp(min=0)).masked_fill(~valid, float("-inf"))
         else:
-            values = torch.full_like(local, float("-inf"), dtype=torch.float32)
+            values = torch.full_like(local, float("-inf"), dtype=scores.dtype)
         entry = (local // n * world.size + world.rank) * n + local % n
         entry = entry.masked_fill(~valid, -1).to(torch.int32)
         all_values = _gather_columns(world, values)
@@ -138,7 +146,7 @@ class Indexer:
         q = linear(qr, self.wq_b, quantize=self.quantize)
         q = q.view(-1, self.heads, self.head_dim)
         q = index_query(q, positions, self.inv_freq, quantize=self.quantize)
-        weight = linear(x, self.weights_proj, quantize=False).float() * self.weight_scale
+        weight = widen(linear(x, self.weights_proj, quantize=False)) * self.weight_scale
         return q, weight
 
 

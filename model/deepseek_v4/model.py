@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels import linear, prepare_weight, rms_norm
+from kernels import linear, prepare_weight, rms_norm, widen
 from model.deepseek_v4.block import Block
 from model.deepseek_v4.hyper_connection import HyperHead
 from model.deepseek_v4.mtp import MTPBlock
@@ -96,7 +97,7 @@ class DeepSeekV4:
     def logits(self, rows: Tensor) -> Tensor:
         """Head rows, the same on every rank [N, D] -> float32 [N, vocab] on every rank."""
         world, vocab = self.mesh.world, self.config.vocab_size
-        local = linear(rows.float(), self.head, quantize=False)
+        local = linear(widen(rows), self.head, quantize=False, out_dtype=torch.float32)
         if world.size == 1:
             return local
         share = -(-vocab // world.size)

@@ -16,13 +16,15 @@ def exchange_rows(cp: Group, local: Tensor, plan: RowExchange, carried: Tensor) 
 
     Args:
         cp: the context-parallel group.
-        local: this rank's rows [T, w].
+        local: this rank's rows [T, w]; cast to carried's dtype, so that a row is the same whether it
+            is read here or carried into the next chunk.
         plan: which rows to publish.
-        carried: rows from before the chunk [N, w], in local's dtype.
+        carried: rows from before the chunk [N, w], N may be zero.
 
     Returns:
         [T + sum(plan.counts) + N, w]
     """
+    local = local.to(carried.dtype)
     parts = [local]
     if any(plan.counts):
         parts.append(cp.all_gather_v(local[plan.send], plan.counts))

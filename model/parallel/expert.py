@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kernels import wide_dtype, widen
 from model.parallel.mesh import ParallelMesh
 
 RunExperts = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -60,7 +61,7 @@ class ExpertParallel:
         Args:
             x: rows [T, D]; T may be zero on some ranks.
             ids: int64 [T, K], ascending in each row, 0 .. num_experts - 1.
-            weights: f32 [T, K].
+            weights: f32 [T, K]; f64 for f64 rows.
             run: (rows [N, D] sorted by local expert, offsets int64 [num_local + 1], row weight f32
                 [N]) -> weighted results [N, D]. N may be zero.
             replicated: all ranks of the world hold the same rows. False: rows differ between cp
@@ -68,7 +69,7 @@ class ExpertParallel:
             shared: the shared expert [t, D] -> [t, D], applied to the rows this rank adds up.
 
         Returns:
-            f32 [T, D]
+            f32 [T, D]; f64 for f64 rows
 
         Raises:
             ValueError: ids or weights of another shape than [T, K].
@@ -92,7 +93,7 @@ class ExpertParallel:
             # One rank writes each slot, the others add zeros: exact in any dtype.
             slots = world.all_reduce(results[place])
             return _sum_slots(slots.flatten(0, 1), _iota(place))
-        return world.all_reduce(_sum_slots(results, place).to(x.dtype)).float()
+        return widen(world.all_reduce(_sum_slots(results, place).to(x.dtype)))
 
     def _sharded(
         self,
@@ -116,10 +117,13 @@ class ExpertParallel:
         (send, send_slots), (recv, recv_slots) = asked.T.tolist(), offered.T.tolist()
 
         rows = world.all_to_all_v(x[token], send, recv)
-        routes = torch.cat([ids.int(), weights.float().view(torch.int32)], 1)
+        # One message: the weights' bits beside ids of the same width.
+        weights = widen(weights)
+        bits = torch.int64 if weights.dtype is torch.float64 else torch.int32
+        routes = torch.cat([ids.to(bits), weights.view(bits)], 1)
         routes = world.all_to_all_v(routes[token], send, recv)
         row_ids, row_weights = routes.chunk(2, 1)
-        row_weights = row_weights.contiguous().view(torch.float32)
+        row_weights = row_weights.contiguous().view(weights.dtype)
         results, place = self._run_local(rows, row_ids.long(), row_weights, run)
 
         if self.ordered:
@@ -138,7 +142,7 @@ class ExpertParallel:
         counts = [b - a for a, b in pairwise(edges)]
         if self.ordered:
             return tp.all_gather_v(out, counts)
-        return tp.all_gather_v(out.to(x.dtype), counts).float() if tp.size > 1 else out
+        return widen(tp.all_gather_v(out.to(x.dtype), counts)) if tp.size > 1 else out
 
     def _run_local(
         self, x: Tensor, ids: Tensor, weights: Tensor, run: RunExperts
@@ -157,22 +161,24 @@ class ExpertParallel:
         count = int(offsets[-1])
         order = order[:count]
         rows = x[order // max(ids.shape[1], 1)]
-        results = run(rows, offsets, weights.flatten()[order].float())
+        results = run(rows, offsets, widen(weights.flatten()[order]))
         place = flat.new_full(flat.shape, count)
         place[order] = _iota(order)
         return _with_zero_row(results), place.view_as(ids)
 
 
 def _sum_slots(rows: Tensor, place: Tensor) -> Tensor:
-    """f32 [T, D]: ``rows[place[t, k]]`` added in ascending k, whatever the batch."""
-    out = torch.zeros(place.shape[0], rows.shape[1], dtype=torch.float32, device=rows.device)
+    """f32 (f64 for f64 rows) [T, D]: ``rows[place[t, k]]`` added in ascending k, whatever the batch."""
+    out = torch.zeros(
+        place.shape[0], rows.shape[1], dtype=wide_dtype(rows.dtype), device=rows.device
+    )
     for k in range(place.shape[1]):
-        out += rows[place[:, k]].float()
+        out += widen(rows[place[:, k]])
     return out
 
 
 def _add_shared(out: Tensor, x: Tensor, shared: SharedExpert | None) -> Tensor:
-    return out if shared is None else out.add_(shared(x).float())
+    return out if shared is None else out.add_(widen(shared(x)))
 
 
 def _with_zero_row(rows: Tensor) -> Tensor:

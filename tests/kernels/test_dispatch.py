@@ -36,8 +36,9 @@ def test_every_exported_op_is_in_the_table() -> None:
     import kernels
 
     values = {name: getattr(kernels, name) for name in kernels.__all__}
+    helpers = {"wide_dtype", "widen"}
     ops = {name for name, value in values.items() if not isinstance(value, type)}
-    assert ops == set(dispatch.table(CPU))
+    assert ops - helpers == set(dispatch.table(CPU))
 
 
 def test_the_table_is_built_once_and_frozen() -> None:

@@ -325,7 +325,7 @@ def test_contract() -> None:
     with pytest.raises(KernelContractError, match="dtype"):
         load_entries(pool, layout, slot, torch.float16)
     with pytest.raises(KernelContractError, match="rows"):
-        round_entries(rows.double(), layout)
+        round_entries(rows.half(), layout)
     odd = torch.zeros(2 * layout.page_bytes + 1, dtype=torch.uint8)[1:].view(2, -1)
     with pytest.raises(KernelContractError, match="multiples of 4"):
         store_entries(odd, layout, slot, rows)
