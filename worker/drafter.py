@@ -76,13 +76,14 @@ class Drafter:
         for s, slot in zip(slices, held, strict=True):
             self._resume(s, slot)
         self._save_streams(slices, step, streams)
+        scored: dict[int, bytes] = {}
         if any(s.mtp_logits for s in slices):
-            return self._score_prefill(slices, step, streams)
-        if step.fill is not None:
+            scored = self._score_prefill(slices, step, streams)
+        if step.fill is not None:  # after scoring, which still reads the ring's older rows
             rows = step.fill.local
             x = self.mtp.inputs(streams[rows], self.model.embedding(step.next_ids[rows]))
             self.mtp.block.store_window(x, step.fill.positions, step.fill.plan, self.pool.mtp)
-        return {}
+        return scored
 
     def draft(self, requests: Sequence[DraftRequest]) -> None:
         """Write the accepted rows' window latents and refill every slot's drafts."""

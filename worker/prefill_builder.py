@@ -159,7 +159,9 @@ class PrefillBuilder:
             shared_wants=shared,
             publish_all=self.publish_all,
         )
-        return self._window_plan(plan, slices, chunks, segments[self.coord.cp_rank])
+        return self._window_plan(
+            plan, slices, chunks, segments[self.coord.cp_rank], keep=self.window - 1
+        )
 
     def _window_plan(
         self,
@@ -167,7 +169,10 @@ class PrefillBuilder:
         slices: Sequence[PrefillSlice],
         chunks: Sequence[Chunk],
         segments: Sequence[Segment],
+        *,
+        keep: int,
     ) -> WindowPlan:
+        """Index maps of one window stream; the ring gets the last ``keep`` rows of each chunk."""
         rank, back = self.coord.cp_rank, self.window - 1
         workspace, start, length, offset = [], [], [], 0
         for s in segments:
@@ -179,7 +184,7 @@ class PrefillBuilder:
             offset += s.end - first
         keep_source, keep_dest, tail_source, tail_dest = [], [], [], []
         for i, (s, c) in enumerate(zip(slices, chunks, strict=True)):
-            first = max(c.start, c.end - back)
+            first = max(c.start, c.end - keep)
             keep_source.append(plan.index(rank, RowRange(i, first, c.end)))
             keep_dest.append(self.pool.window_rows(s.slot, np.arange(first, c.end)))
             for save in s.save_tails:
@@ -302,8 +307,11 @@ class PrefillBuilder:
         chunks: Sequence[Chunk],
         segments: Sequence[Sequence[Segment]],
     ) -> MTPFill:
-        kept = mtp_segments(chunks, segments, self.window, _tails(slices))
-        _, shared = window_wants(chunks, segments, self.window, _tails(slices))
+        # The first draft runs the chunk's last row through the block, once its next token is known: that
+        # row sees window - 1 rows before itself, so the ring keeps one row more than in other layers.
+        window = self.window + 1
+        kept = mtp_segments(chunks, segments, window, _tails(slices))
+        _, shared = window_wants(chunks, segments, window, _tails(slices))
         plan = plan_rows(
             chunks,
             kept,
@@ -317,7 +325,7 @@ class PrefillBuilder:
         return MTPFill(
             local=self._tensor(local_index(segments[rank], ranges)),
             positions=self._tensor(position),
-            plan=self._window_plan(plan, slices, chunks, ()),
+            plan=self._window_plan(plan, slices, chunks, (), keep=self.window),
         )
 
     def _tensor(self, values: Indices) -> Tensor:
