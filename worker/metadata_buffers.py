@@ -44,6 +44,6 @@ class MetadataBuffers:
         if count > host.numel():
             raise ValueError(f"{name}: {count} values, the buffer holds {host.numel()}")
         flat = np.ascontiguousarray(values, dtype=_NUMPY[host.dtype]).reshape(-1)
-        host[:count].copy_(torch.from_numpy(flat))
+        host.numpy()[:count] = flat
         device[:count].copy_(host[:count])
         return device[:count].view(values.shape)
