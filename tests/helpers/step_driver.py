@@ -447,6 +447,17 @@ def poison_layer(layer: LayerCache) -> None:
             value.fill_(POISON if value.dtype == torch.uint8 else float("nan"))
 
 
+def poison_slot(pool: KVCachePool, slot: int) -> None:
+    """Fill one slot's rings, states and streams with NaN: nobody may have left anything there."""
+    for layer in pool.layers:
+        layer.window[slot] = POISON
+        if layer.ratio:
+            rows = pool.spec.state_rows(layer.ratio)
+            layer.state[slot * rows : (slot + 1) * rows] = float("nan")
+    rows = pool.stream_rows
+    pool.streams[slot * rows : (slot + 1) * rows] = float("nan")
+
+
 def rows_of(data: bytes, width: int = VOCAB) -> Tensor:
     """The logits in an answer, float32 [rows, width]."""
     return torch.from_numpy(np.frombuffer(data, dtype=np.float32).reshape(-1, width).copy())
