@@ -30,7 +30,7 @@ class KVCacheConfig:
     tail_interval: int = 32  # blocks between saved tails inside a long prompt
     num_tails: int | Literal["auto"] = "auto"
     memory_fraction: float = 0.9  # of the device memory that may be used in all (CUDA)
-    cpu_bytes: int = 1 << 30  # pool budget of one rank when the device is the CPU and num_blocks auto
+    cpu_bytes: int = 1 << 30  # pool budget of one rank on the CPU, with num_blocks auto
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

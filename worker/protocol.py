@@ -30,7 +30,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     def needs_history(self) -> bool:
         """Whether the ranks must know the tokens before ``SlotInit.start``."""
         return (
-            self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+            self.presence_penalty != 0
+            or self.frequency_penalty != 0
+            or self.repetition_penalty != 1
         )
 
 

@@ -131,7 +131,8 @@ class Attention:
 
     def _heads(self, qr: Tensor, wq_b: PreparedWeight, positions: Tensor) -> Tensor:
         q = linear(qr, wq_b, quantize=self.quantize)
-        q = q.view(q.shape[0], -1, self.config.head_dim)
+        d = self.config.head_dim
+        q = q.view(q.shape[0], q.shape[1] // d, d)
         return q_norm_rope(q, positions, self.inv_freq, self.config.rms_norm_eps)
 
     def _latents(self, x: Tensor, positions: Tensor, cache: LayerCache) -> Tensor:
