@@ -23,7 +23,7 @@ def store_entries(pool: Tensor, layout: PageLayout, slots: Tensor, rows: Tensor)
     fp8 latents: FP8 in blocks of 64 with scale 2^ceil(log2(max(amax, 1e-4) / 448)), rotary dims as
     bfloat16. fp8 index entries: one power-of-two scale 2^ceil(log2(amax / 448)). Latents already
     rounded by FQ8(64), and FP4-rounded vectors whose sub-scales spread at most 2^14, are stored
-    without loss. float64 rows are rounded once, fp32 pages keep them as float32.
+    without loss. float64 rows become float32 first.
 
     Args:
         pool: uint8 [P, layout.page_bytes].

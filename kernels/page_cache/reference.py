@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from kernels.contract import KernelContractError
-from kernels.numerics import widen
 from kernels.page_layout import QUANT_BLOCK, CacheDtype, EntryKind, PageLayout
-from kernels.quant.reference import act_quant, e4m3_values, round_to_grid, to_e4m3
+from kernels.quant.reference import act_quant, e4m3_values, to_e4m3
 
 _E4M3_MAX = 448.0
 _F32_BIAS = 127
@@ -138,25 +137,17 @@ def _encode(rows: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor | None]:
     """Payload bytes [N, payload_bytes] and the used scale bytes [N, <= scale_bytes]."""
     plain = _PLAIN.get(layout.dtype)
     if plain is not None:
-        stored = _to_bfloat16(rows) if plain is torch.bfloat16 else rows.to(plain)
-        return stored.contiguous().view(torch.uint8), None
+        return rows.to(plain).contiguous().view(torch.uint8), None
     if layout.kind is EntryKind.INDEX:
-        values = widen(rows)
+        values = rows.to(torch.float32)
         scale = _ceil_pow2_scale(values.abs().amax(dim=-1, keepdim=True))
         return to_e4m3(values / scale).view(torch.uint8), scale.view(torch.uint8)
     nope = layout.nope_dim
     quantised, scale = act_quant(rows[:, :nope], QUANT_BLOCK)
     exponent = scale.contiguous().view(torch.int32) >> _F32_MANTISSA_BITS
-    rope = _to_bfloat16(rows[:, nope:]).contiguous().view(torch.uint8)
+    rope = rows[:, nope:].to(torch.bfloat16).contiguous().view(torch.uint8)
     payload = torch.cat((quantised.view(torch.uint8), rope), dim=-1)
     return payload, exponent.to(torch.uint8)
-
-
-def _to_bfloat16(rows: Tensor) -> Tensor:
-    """Rounded once: torch casts float64 through float32."""
-    if rows.dtype is torch.float64:
-        rows = torch.where(rows.isinf(), rows, round_to_grid(rows, 7, -126))
-    return rows.to(torch.bfloat16)
 
 
 def _ceil_pow2_scale(amax: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """Public quantisation ops: fake rounding of activations, and weights to and from their formats.
 
 Scales are powers of two. As bytes (uint8, E8M0) ``b`` stands for ``2^(b - 127)``, 255 for NaN.
+The official steps round float32 values: float64 input becomes float32 first, and what is rounded
+comes back, exactly, in float64.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Torch twins of the quantisation ops. Scales are made on bits.
 
-Inside everything is float32, or float64 for float64 input, and each value is rounded once.
+Everything is float32 inside, for float64 input too: the official steps round float32 values, so
+a float64 value becomes float32 first.
 """
 
 from __future__ import annotations
@@ -9,25 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.numerics import widen
-
 _E4M3_MAX = 448.0
 _AMAX_FLOOR = 1e-4
 _E2M1_MAX = 6.0
 _FP4_FLOOR = 6.0 * 2.0**-126
 _FP4_BLOCK = 32
 _WEIGHT_BLOCK = 128
-_F64_REBIAS = 1023 - 127
 _E4M3_GRID = (3, -6)  # mantissa bits, smallest normal exponent
 _E2M1_GRID = (1, 0)
 _E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def _split(x: Tensor, block: int, col_offset: int) -> Tensor:
-    """[.., k] -> widened [.., nblocks, block], zeros where a block reaches beyond the columns."""
+    """[.., k] -> float32 [.., nblocks, block], zeros where a block reaches beyond the columns."""
     front = col_offset % block
     back = -(front + x.shape[-1]) % block
-    padded = F.pad(widen(x), (front, back)) if front or back else widen(x)
+    padded = F.pad(x.float(), (front, back)) if front or back else x.float()
     return torch.unflatten(padded, -1, (padded.shape[-1] // block, block))
 
 
@@ -37,57 +35,42 @@ def _join(blocks: Tensor, columns: int, block: int, col_offset: int) -> Tensor:
 
 
 def _scale_byte(ratio: Tensor) -> Tensor:
-    """E8M0 byte (int32) of the smallest power of two >= ratio (> 0); NaN gives 255."""
-    bits = ratio.contiguous()
-    if ratio.dtype is torch.float64:
-        bits = bits.view(torch.int64)
-        exponent = (bits >> 52) - _F64_REBIAS
-        byte = exponent + ((bits & 0xFFFFFFFFFFFFF) != 0).long()
-        return byte.clamp(min=0, max=255).int()
-    bits = bits.view(torch.int32)
+    """E8M0 byte (int32) of the smallest power of two >= ratio (float32, > 0); NaN gives 255."""
+    bits = ratio.contiguous().view(torch.int32)
     byte = (bits >> 23) + ((bits & 0x7FFFFF) != 0).int()
     return byte.clamp(max=255)
 
 
-def _scale_value(byte: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Value of E8M0 bytes, exact in float32 and float64."""
+def _scale_value(byte: Tensor) -> Tensor:
+    """float32 value of E8M0 bytes."""
     byte = byte.int()
     bits = byte << 23
     bits = bits.masked_fill(byte == 0, 0x00400000)  # 2^-127 is subnormal in float32
-    return bits.masked_fill(byte == 255, 0x7FC00000).view(torch.float32).to(dtype)
+    return bits.masked_fill(byte == 255, 0x7FC00000).view(torch.float32)
 
 
 def _fp8_scale_byte(amax: Tensor) -> Tensor:
     return _scale_byte(amax.clamp(min=_AMAX_FLOOR) * (1.0 / _E4M3_MAX))
 
 
-def round_to_grid(x: Tensor, mantissa_bits: int, min_exponent: int) -> Tensor:
-    """Round to the nearest value of a small float format, ties to even; once, in ``x.dtype``.
+def _round_to_grid(x: Tensor, mantissa_bits: int, min_exponent: int) -> Tensor:
+    """Round to the nearest value of a small float format, ties to even.
 
     Args:
-        x: float32 or float64, finite and far from its own overflow; NaN stays NaN.
+        x: float32, finite and below 2^100; NaN stays NaN.
         mantissa_bits: stored mantissa bits of the format.
         min_exponent: exponent of its smallest normal number; below it the grid is even. There is no
             upper end.
     """
-    # Adding 1.5 * 2^(e + p - m), p the precision of x.dtype, leaves m bits below the leading one:
-    # the rounding is the addition's own.
-    if x.dtype is torch.float64:
-        leading = (x.contiguous().view(torch.int64) & 0x7FF0000000000000).view(torch.float64)
-        shift = 1.5 * 2.0 ** (52 - mantissa_bits)
-    else:
-        leading = (x.contiguous().view(torch.int32) & 0x7F800000).view(torch.float32)
-        shift = 1.5 * 2.0 ** (23 - mantissa_bits)
-    leading = leading.clamp_(min=2.0**min_exponent).mul_(shift)
+    # Adding 1.5 * 2^(e + 23 - m) leaves m bits below the leading one, at 2^e: the addition rounds.
+    leading = (x.contiguous().view(torch.int32) & 0x7F800000).view(torch.float32)
+    leading = leading.clamp_(min=2.0**min_exponent).mul_(1.5 * 2.0 ** (23 - mantissa_bits))
     return torch.copysign((x + leading).sub_(leading), x)  # the sum loses the sign of a zero
 
 
 def to_e4m3(scaled: Tensor) -> Tensor:
-    """e4m3 codes of values clamped to +-448, rounded once."""
-    limited = scaled.clamp(-_E4M3_MAX, _E4M3_MAX)
-    if limited.dtype is torch.float64:  # torch's cast goes through float32
-        limited = round_to_grid(limited, *_E4M3_GRID).to(torch.float32)
-    return limited.to(torch.float8_e4m3fn)
+    """e4m3 codes of float32 values, clamped to +-448."""
+    return scaled.clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 def e4m3_values(codes: Tensor) -> Tensor:
@@ -108,12 +91,12 @@ def fake_quant_fp8(
 ) -> Tensor:
     """See ``kernels.quant.api.fake_quant_fp8``."""
     blocks = _split(x, block, col_offset)
-    peak = blocks.abs().amax(-1) if amax is None else amax.to(blocks.dtype)
-    scale = _scale_value(_fp8_scale_byte(peak), blocks.dtype).unsqueeze(-1)
+    peak = blocks.abs().amax(-1) if amax is None else amax.float()
+    scale = _scale_value(_fp8_scale_byte(peak)).unsqueeze(-1)
     scaled = blocks * scale.reciprocal()  # powers of two: exact
     if amax is not None:  # a block's own maximum leaves nothing above 448 that rounds higher
         scaled = scaled.clamp_(-_E4M3_MAX, _E4M3_MAX)
-    values = round_to_grid(scaled, *_E4M3_GRID).mul_(scale)
+    values = _round_to_grid(scaled, *_E4M3_GRID).mul_(scale)
     return _join(values, x.shape[-1], block, col_offset).to(x.dtype)
 
 
@@ -149,9 +132,9 @@ def _fp4_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
 def fake_quant_fp4(x: Tensor) -> Tensor:
     """See ``kernels.quant.api.fake_quant_fp4``."""
     blocks, byte = _fp4_blocks(x)
-    scale = _scale_value(byte, blocks.dtype).unsqueeze(-1)
+    scale = _scale_value(byte).unsqueeze(-1)
     return (
-        round_to_grid(blocks * scale.reciprocal(), *_E2M1_GRID).mul_(scale).flatten(-2).to(x.dtype)
+        _round_to_grid(blocks * scale.reciprocal(), *_E2M1_GRID).mul_(scale).flatten(-2).to(x.dtype)
     )
 
 

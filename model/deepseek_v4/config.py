@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,10 +93,14 @@ class DeepSeekV4Config:
         return layer < self.num_hash_layers
 
     def inv_freq(self, ratio: int) -> tuple[float, ...]:
-        """RoPE frequencies, qk_rope_head_dim / 2: table M for ratio 0, else table C with YaRN."""
+        """RoPE frequencies, qk_rope_head_dim / 2: table M for ratio 0, else table C with YaRN.
+
+        Every step is rounded to float32, as in the official tables: far from position 0 one unit in
+        the last place of a frequency turns the angle by more than all later rounding.
+        """
         dim = self.qk_rope_head_dim
         theta = self.rope_theta if ratio == 0 else self.compress_rope_theta
-        freqs = [theta ** (-2 * i / dim) for i in range(dim // 2)]
+        freqs = [_f32(1.0 / _f32(theta ** (2 * i / dim))) for i in range(dim // 2)]
         if ratio == 0 or self.rope_scaling is None:
             return tuple(freqs)
         yarn = self.rope_scaling
@@ -107,8 +112,12 @@ class DeepSeekV4Config:
         low = max(math.floor(correction(yarn.beta_fast)), 0)
         high = min(math.ceil(correction(yarn.beta_slow)), dim - 1)
         span = (high - low) or 1e-3
-        ramps = [min(max((i - low) / span, 0.0), 1.0) for i in range(dim // 2)]
-        return tuple(f / yarn.factor * r + f * (1 - r) for f, r in zip(freqs, ramps, strict=True))
+        ramps = [_f32(min(max((i - low) / span, 0.0), 1.0)) for i in range(dim // 2)]
+        keeps = [_f32(1.0 - r) for r in ramps]
+        return tuple(
+            _f32(_f32(_f32(f / yarn.factor) * _f32(1.0 - keep)) + _f32(f * keep))
+            for f, keep in zip(freqs, keeps, strict=True)
+        )
 
     @classmethod
     def from_file(cls, path: Path) -> DeepSeekV4Config:
@@ -128,6 +137,12 @@ class DeepSeekV4Config:
         """Build from the official keys; see ``from_file`` for the errors."""
         from_reader = _Reader(raw, where)
         return from_reader.build()
+
+
+def _f32(value: float) -> float:
+    """``value`` rounded to float32."""
+    rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+    return rounded
 
 
 class _Reader:
