@@ -6,7 +6,6 @@ PYTEST_ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
-SOURCES := launch.py cluster worker model kernels tests benchmarks
 
 export PYTHONPATH := $(CURDIR)
 export OMP_NUM_THREADS ?= 1
@@ -26,8 +25,8 @@ test-full: lint
 	$(PY) -m pytest -m "not gpu" $(PYTEST_ARGS)
 
 lint: $(VENV)/.test-stamp
-	$(PY) -m ruff check $(SOURCES)
-	$(PY) -m ruff format --check $(SOURCES)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
 bench: $(VENV)/.test-stamp

@@ -21,6 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the checkpoint and name the files written."""
+    if not 0 <= args.seed < 1 << 63:
+        raise InputError(f"--seed {args.seed}: allowed are 0 .. 2^63 - 1")
     for path in make_tiny(args.output, args.seed, _shape(args.shape)):
         print(f"{path} ({human_bytes(path.stat().st_size)})")
     return EXIT_OK

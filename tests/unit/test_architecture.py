@@ -53,6 +53,8 @@ MAX_LINES = 300
 HARD_LINES = 500
 LONG_FILES: dict[str, str] = {
     "model/deepseek_v4/config.py": "every official key with its check, in one place",
+    "model/parallel/partition.py": "all of the sharding maths, in one place",
+    "worker/prefill_builder.py": "every index map of a prefill step",
 }
 
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
@@ -304,6 +306,8 @@ def test_readme_tree_matches_the_disk() -> None:
     for path in ROOT.iterdir():
         if path.name.startswith(".") or path.name in ignored or path.name.endswith(".egg-info"):
             continue
+        if path.is_dir() and not any(path.rglob("*.*")):
+            continue  # git does not know empty folders
         name = path.name + ("/" if path.is_dir() else "")
         assert name in entries, f"{name} is missing in README.md's file tree"
     for folder in ("kernels/", "model/", "worker/", "cluster/"):
@@ -321,7 +325,6 @@ def test_readme_names_real_make_targets() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.M))
     named = set(re.findall(r"\bmake ([a-z][a-z-]*)\b", readme()))
-    named.discard("tiny")
     assert {"demo", "test"} <= named
     assert named <= targets, named - targets
 
