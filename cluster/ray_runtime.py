@@ -22,6 +22,7 @@ _MAX_TEMP_PATH = 40  # sockets live in it, and their paths may have 107 bytes
 _LOCAL_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_niceness": "0",  # Ray would run the ranks at 15: behind everything else
 }
 
 
