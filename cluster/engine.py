@@ -79,8 +79,6 @@ class LLMEngine:
         self._rebuild_due = False
         self._mailbox = Mailbox(self._advance, self.abort)
 
-    # -- life -------------------------------------------------------------------------------------
-
     def start(self) -> CacheInfo:
         """Start the ranks; what they allocated. WorkerFailure if they do not come up."""
         if self._scheduler is not None:
@@ -116,8 +114,6 @@ class LLMEngine:
     def _check_alive(self) -> None:
         if self.dead is not None:
             raise self.dead
-
-    # -- requests ---------------------------------------------------------------------------------
 
     def add_request(self, prompt: Prompt, params: GenerationParams | None = None) -> int:
         """Queue a request and give it an id. RequestError if it cannot be served; EngineDead.
@@ -196,8 +192,6 @@ class LLMEngine:
             if event.score is not None:
                 yield event.score
 
-    # -- steps ------------------------------------------------------------------------------------
-
     def step(self) -> list[RequestEvent]:
         """Run one step and tell the news (but those of requests that an iterator reads).
 
@@ -264,8 +258,6 @@ class LLMEngine:
             reason = seq.finish_reason.value
             self.stats.finished[reason] = self.stats.finished.get(reason, 0) + 1
         self._mailbox.post(replace(live.event(), **news))
-
-    # -- failures ---------------------------------------------------------------------------------
 
     def _fail(self, failure: WorkerFailure) -> None:
         """End what ran on the ranks; rebuild them next, or give up."""

@@ -148,8 +148,6 @@ class Placement:
             self.blocks.tails.unpin(seq.restored_tail)
             seq.restored_tail = -1
 
-    # -- prefix cache -----------------------------------------------------------------------------
-
     def publish(self, seq: Sequence) -> None:
         """Offer the sequence's newly filled blocks, all of accepted tokens, to the prefix cache."""
         full = seq.num_computed // self.limits.block_size
@@ -221,13 +219,15 @@ class Placement:
         A slot's state only changes by its own slices and saves come first in a plan, so the state is
         still there although the request may have ended, and the plan's own inits may read the tail.
         """
+        planned: list[PlannedTail] = []
         ops = []
         for slot, position, key in self._boundary_saves:
-            if self.blocks.wants_tail(key):
+            if self.blocks.wants_tail(key) and key not in {item.key for item in planned}:
                 tail = self.blocks.tails.take()
                 if tail >= 0:
-                    self.blocks.attach_tail(tail, key)
+                    planned.append(PlannedTail(position=position, tail=tail, key=key))
                     ops.append(TailOp(slot=slot, position=position, tail=tail))
+        self.attach(planned)  # after all were taken: else one save could evict another of this plan
         self._boundary_saves = []
         return ops
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from cluster.errors import RequestError, WorkerFailure
@@ -197,12 +198,22 @@ def test_drafts_are_given_up_before_somebody_is_preempted() -> None:
 
 
 def test_admission_leaves_room_for_those_who_run() -> None:
-    """Else a preempted request would start at once and be preempted at once, for ever."""
-    bench = Bench(num_blocks=4, prefix_cache=False)
-    for i in range(2):
-        bench.add(prompt(8, i), 16)
+    """Else a request would start only to be preempted, again and again."""
+    bench = Bench(num_blocks=4, max_batched_tokens=16, prefix_cache=False)
+    first, second = (bench.add(prompt(16, i), 8) for i in range(2))  # three blocks each in the end
+    bench.step()
+    bench.step()
+    assert (first.status, second.status) == (SequenceStatus.DECODE, SequenceStatus.WAITING)
     bench.run()
-    assert bench.scheduler.num_preemptions <= 2
+    assert bench.scheduler.num_preemptions == 0
+
+
+def test_a_preempted_request_starts_again_before_those_who_wait() -> None:
+    bench = Bench(num_blocks=5, num_slots=2, prefix_cache=False)
+    for length, max_tokens in ((9, 23), (9, 17), (3, 2)):
+        bench.add(prompt(length, length), max_tokens)
+    plans = bench.run()
+    assert [init.request_id for plan in plans for init in plan.inits] == [0, 1, 1, 2]
 
 
 def test_history_is_sent_when_penalties_need_it() -> None:
@@ -300,6 +311,49 @@ def test_the_end_of_an_output_is_saved_with_the_next_plan() -> None:
     bench.run()
     assert following.cached_tokens == 16
     assert following.output_ids == bench.expected(following)
+
+
+def test_drafts_behind_a_stop_token_are_not_published() -> None:
+    """They were accepted and computed, but they are no part of the sequence."""
+    whole = Bench().add(prompt(6), 40)
+    want = reference(prompt(6), whole.request.sampling, max_tokens=40, vocab=VOCAB)
+    for end in range(30):
+        bench = Bench(mtp=3)
+        seq = bench.add(prompt(6), 40, stop_token_ids=frozenset({want[end]}))
+        bench.run()
+        assert seq.finish_reason is FinishReason.STOP
+        assert bench.scheduler.placement.blocks.num_cached <= seq.num_tokens // 8
+        assert seq.num_tokens // 8 == len(seq.chain) or len(seq.chain) == (seq.num_tokens - 1) // 8
+        following = bench.add([*seq.token_ids, 5, 6], 2)
+        bench.run()
+        assert following.output_ids == bench.expected(following)
+
+
+def test_a_tail_is_kept_only_until_it_was_read() -> None:
+    bench = Bench(max_batched_tokens=8)
+    bench.add(prompt(17), 1)
+    bench.run()
+    tails = bench.scheduler.placement.blocks.tails
+    seq = bench.add([*prompt(17), *prompt(20)], 1)
+    bench.scheduler.schedule()
+    assert (seq.num_computed, tails.num_pinned) == (16, 1)
+    bench.scheduler.drop_running()
+    assert tails.num_pinned == 0
+    bench = Bench(max_batched_tokens=8)
+    bench.add(prompt(17), 1)
+    bench.run()
+    seq = bench.add([*prompt(17), *prompt(20)], 1)
+    bench.step()
+    assert (seq.cached_tokens, seq.num_computed) == (16, 24)
+    assert bench.scheduler.placement.blocks.tails.num_pinned == 0
+
+
+def test_two_requests_that_cross_one_boundary_save_one_tail() -> None:
+    bench = Bench()
+    for _ in range(2):
+        bench.add(prompt(6), 20)
+    plans = bench.run()
+    assert [len(plan.saves) for plan in plans if plan.saves] == [1]
 
 
 def test_a_boundary_crossed_earlier_is_not_saved() -> None:
@@ -413,6 +467,18 @@ def test_an_answer_that_does_not_fit_the_plan(change: dict[str, object], expecte
     assert seq.num_output_tokens == 0
 
 
+def test_too_few_logits() -> None:
+    bench = Bench()
+    bench.add(prompt(5), 0, score=ScoreSpec(mtp=True))
+    plan = bench.scheduler.schedule()
+    assert plan is not None
+    good = bench.ranks.execute(plan).outputs[0]
+    for name, rows in (("logits", 5), ("mtp_logits", 4)):
+        short = msgspec.structs.replace(good, **{name: getattr(good, name)[:-4]})
+        with pytest.raises(WorkerFailure, match=f" of {name}, {rows} rows of 388 expected"):
+            bench.scheduler.postprocess(StepOutput(step_id=0, rank=0, outputs=[short]))
+
+
 def test_one_step_at_a_time() -> None:
     bench = Bench()
     bench.add(prompt(5), 4)
@@ -427,13 +493,14 @@ def test_one_step_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("mtp", [False, True])
+@pytest.mark.parametrize("decode_from", [1, 9])
 def test_scoring_steps_stay_within_the_logit_budget(
-    mtp: bool, monkeypatch: pytest.MonkeyPatch
+    mtp: bool, decode_from: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cluster.limits.LOGIT_BYTES", 6 * 4 * VOCAB)
     bench = Bench(num_slots=8)
-    spec = ScoreSpec(decode_from=9, mtp=mtp)
-    for i in range(5):
+    spec = ScoreSpec(decode_from=decode_from, mtp=mtp)
+    for i in range(7):
         bench.add(prompt(13, i), 0, score=spec)
     plain = bench.add(prompt(30, 7), 3)
     plans = bench.run()
