@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
+from cluster.retrieval import RetrievalBuilder, RetrievalWords, program_text
 from tests.helpers.pairwise import pairwise
 from tests.helpers.parity_runs import shape_path
 from tests.helpers.step_driver import Driver, Part, Row, Setup, rows_of, stream
@@ -156,3 +159,68 @@ def test_a_long_prompt_on_small_rings_sglang_24523() -> None:
             (out,) = driver.prefill(Part(request=request, count=count))
         last.append(rows_of(out.logits)[-50:])
     assert (last[0] - last[1]).abs().nan_to_num(float("inf")).max() < TOLERANCE
+
+
+def test_shared_expert_is_clamped_sglang_23752() -> None:
+    """The shared expert clamps like the routed ones, with the current revision's bounds."""
+    driver = Driver(BASE)
+    net = driver.worker._model
+    assert net is not None
+    ffn = net.blocks[1].ffn
+    x = torch.randn(5, 128) * 60
+    gate, up = x @ ffn.w1.matrix.t(), x @ ffn.w3.matrix.t()
+    limit = net.config.swiglu_limit
+    assert (gate > limit).any()
+    assert (up.abs() > limit).any()
+    hidden = torch.nn.functional.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+    torch.testing.assert_close(ffn._shared(x), hidden @ ffn.w2.matrix.t(), rtol=1e-4, atol=1e-3)
+
+
+def test_rope_bases_by_layer_mlx_lm_1189() -> None:
+    """Window layers and MTP: base 10,000; compressed layers: base 160,000 with YaRN, entries too."""
+    driver = Driver(replace(BASE, load_mtp=True))
+    net = driver.worker._model
+    assert net is not None
+    assert net.mtp is not None
+    exponent = torch.arange(0, 64, 2, dtype=torch.float64) / 64
+    plain, wide = 10000.0**-exponent, 160000.0**-exponent
+    for layer, ratio in zip([*net.blocks, net.mtp.block], (0, 4, 128, 4, 0), strict=True):
+        found = layer.attn.inv_freq.double()
+        if ratio == 0:
+            torch.testing.assert_close(found, plain, rtol=1e-5, atol=0)
+            assert layer.attn.entries is None
+            continue
+        torch.testing.assert_close(found[:8], wide[:8], rtol=1e-5, atol=0)  # fast ones stay
+        torch.testing.assert_close(found[-1:], wide[-1:] / 16, rtol=1e-5, atol=0)
+        entries = layer.attn.entries
+        assert entries is not None
+        assert torch.equal(entries.compressor.inv_freq.double(), found)
+        if entries.indexer is not None:
+            assert torch.equal(entries.indexer.inv_freq.double(), found)
+            assert torch.equal(entries.indexer.compressor.inv_freq.double(), found)
+
+
+ASSETS = Path(__file__).resolve().parents[2] / "assets" / "tiny-python"
+LENGTHS = (508, 509, 510, 511, 512, 513, 639, 640, 641)  # every residue mod 4, 128k and beside it
+
+
+@pytest.mark.parametrize("mtp", [0, pytest.param(2, marks=pytest.mark.full)])
+def test_retrieval_at_every_residue_vllm_55927(mtp: int) -> None:
+    """The trained model finds facts far beyond the window, in release numerics with fp8 caches."""
+    words = RetrievalWords.from_file(ASSETS / "words.json")
+    tokenizer = Tokenizer.from_file(str(ASSETS / "tokenizer.json"))
+    builder = RetrievalBuilder(words, tokenizer.encode(program_text()[:60000]).ids, seed=4)
+    driver = Driver(
+        Setup(path=str(ASSETS), numerics="release", mtp=mtp, load_mtp=False, num_blocks=96, slots=9)
+    )
+    for distance in (20, 480):
+        driver.reset()
+        prompts = [builder.build(n, distance, i) for i, n in enumerate(LENGTHS)]
+        requests = [driver.open(list(p.token_ids), slot=i) for i, p in enumerate(prompts)]
+        # The last tokens of a prompt come in a chunk of their own: a query far behind its cut.
+        driver.prefill(*(Part(request=r, count=500, logits=False) for r in requests))
+        parts = [
+            Part(request=r, count=len(r.tokens) - 500, sample=True, logits=False) for r in requests
+        ]
+        for prompt, out in zip(prompts, driver.prefill(*parts), strict=True):
+            assert out.token_ids == [prompt.answer], (prompt.length, distance)
