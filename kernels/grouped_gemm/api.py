@@ -45,13 +45,21 @@ def prepare_experts(
         w2: down weights [D, I].
 
     Raises:
-        KernelContractError: no expert, lists of different lengths, or shapes that do not fit.
+        KernelContractError: no expert, lists of different lengths, shapes that do not fit, or a list
+            that mixes formats.
     """
     if not w1 or not len(w1) == len(w3) == len(w2):
         raise KernelContractError(
             "prepare_experts: expected three lists of the same length >= 1, got"
             f" {len(w1)}, {len(w3)} and {len(w2)}"
         )
+    for name, weights in (("w1", w1), ("w3", w3), ("w2", w2)):
+        formats = {(w.data.dtype, w.col_offset) for w in weights}
+        if len(formats) > 1:
+            raise KernelContractError(
+                f"prepare_experts: {name}: expected one dtype and col_offset for all experts, got"
+                f" {sorted(map(str, formats))}"
+            )
     device = w1[0].data.device
     out: PreparedExperts = kernel("prepare_experts", device)(w1, w3, w2)
     for expert in range(out.num_experts):

@@ -1,4 +1,4 @@
-"""Torch twin of the routed experts: one expert after the other."""
+"""Torch twin of the routed experts: products one expert after the other, the rest for all rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kernels.contract import KernelContractError
 from kernels.grouped_gemm.api import PreparedExperts
-from kernels.linear.api import linear, prepare_weight
+from kernels.linear.api import PreparedWeight, prepare_weight
+from kernels.linear.reference import round_activations
 from kernels.swiglu.api import swiglu
 from kernels.weight import BlockWeight
 
@@ -47,13 +48,22 @@ def expert_ffn(
             f"expert_ffn: offsets: expected an ascending list from 0 to {rows.shape[0]},"
             f" got {bounds}"
         )
-    out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+    if rows.shape[0] == 0:
+        return rows.new_empty(rows.shape)
+    # Every weight of a list has one format and covers whole rows, so the rounding of activations and
+    # the SwiGLU, which see one row at a time, need no loop.
+    x = round_activations(rows, experts.w1[0], quantize=quantize)
+    g = _products(x, experts.w1, bounds).to(rows.dtype)
+    u = _products(x, experts.w3, bounds).to(rows.dtype)
+    a = swiglu(g, u, limit=limit, row_weight=row_weight)
+    a = round_activations(a, experts.w2[0], quantize=quantize)
+    return _products(a, experts.w2, bounds).to(rows.dtype)
+
+
+def _products(x: Tensor, weights: Sequence[PreparedWeight], bounds: Sequence[int]) -> Tensor:
+    out = x.new_empty(x.shape[0], weights[0].out_features)
     for expert, (start, stop) in enumerate(itertools.pairwise(bounds)):
-        if start == stop:
-            continue
-        x = rows[start:stop]
-        g = linear(x, experts.w1[expert], quantize=quantize)
-        u = linear(x, experts.w3[expert], quantize=quantize)
-        a = swiglu(g, u, limit=limit, row_weight=row_weight[start:stop])
-        out[start:stop] = linear(a, experts.w2[expert], quantize=quantize)
+        if start < stop:
+            matrix = weights[expert].matrix.to(x.dtype)
+            torch.mm(x[start:stop], matrix.T, out=out[start:stop])
     return out

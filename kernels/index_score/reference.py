@@ -12,6 +12,7 @@ from kernels.page_layout import PageLayout
 _STRIDE = 256  # columns; the row stride is a multiple of it
 _CHUNK = 1 << 22  # head scores handled at once (16 MB)
 _COLUMNS = 4096  # entries scored at once
+_ROWS = 256  # queries scored at once
 
 
 def index_score(
@@ -38,10 +39,13 @@ def index_score(
         keys, present = load_sequence(pool, layout, block_table[seq], count, q.dtype)
         keys = keys.to(wide)
         for left in range(0, count, _COLUMNS):
-            right = min(left + _COLUMNS, count)
-            step = max(1, _CHUNK // (heads * (right - left)))
+            step = min(_ROWS, max(1, _CHUNK // (heads * min(_COLUMNS, count - left))))
             for first in range(start, stop, step):
                 rows = slice(first, min(first + step, stop))
+                # Causal: the first queries of a sequence see few of its entries.
+                right = min(left + _COLUMNS, int(num_entries[rows].max()))
+                if right <= left:
+                    continue
                 tile = _tile(q[rows], w[rows], keys[left:right])
                 column = torch.arange(left, right, device=q.device)
                 hidden = (column >= num_entries[rows, None]) | ~present[left:right]

@@ -32,6 +32,15 @@ def prepare_weight(weight: BlockWeight) -> PreparedWeight:
     )
 
 
+def round_activations(
+    x: Tensor, w: PreparedWeight, *, quantize: bool, amax: Tensor | None = None
+) -> Tensor:
+    """What a product with ``w`` reads: ``x`` widened, after AQ where the format asks for it."""
+    if quantize and w.kind.rounds_activations:
+        x = fake_quant_fp8(x, BLOCK, amax, w.col_offset)
+    return widen(x)
+
+
 def linear(
     x: Tensor,
     w: PreparedWeight,
@@ -41,10 +50,7 @@ def linear(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """See ``kernels.linear.api.linear``."""
-    if quantize and w.kind.rounds_activations:
-        x_in = widen(fake_quant_fp8(x, BLOCK, amax, w.col_offset))
-    else:
-        x_in = widen(x)
+    x_in = round_activations(x, w, quantize=quantize, amax=amax)
     # The matrix is exact in float32, so for float64 rows it is widened here and not kept twice.
     out = F.linear(x_in, w.matrix.to(x_in.dtype))
     return out.to(x.dtype if out_dtype is None else out_dtype)

@@ -193,10 +193,11 @@ class SequenceEntryKeys:
                 self.rows, torch.zeros(stop - start, 0, dtype=torch.bool, device=limit.device)
             )
         if self.dense:
-            target = torch.where(wanted, entry, self.count)
-            mask = torch.zeros(stop - start, self.count + 1, dtype=torch.bool, device=limit.device)
+            count = min(self.count, max(0, _maximum(limit)))
+            target = torch.where(wanted, entry, count)
+            mask = torch.zeros(stop - start, count + 1, dtype=torch.bool, device=limit.device)
             mask.scatter_(1, target, True)
-            return Keys(self.rows, mask[:, : self.count] & self.present)
+            return Keys(self.rows[:count], mask[:, :count] & self.present[:count])
         safe = torch.where(wanted, entry, 0)
         mask = wanted & self.present[safe]
         rows = self.rows.index_select(0, safe.reshape(-1)).view(*safe.shape, -1)

@@ -12,18 +12,22 @@ from torch import Tensor
 
 from kernels import CacheDtype, EntryKind, PageLayout
 
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 CACHE_DTYPES = list(CacheDtype)
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Relative error that one f32 sum, or one bf16 rounding, may leave."""
+    """Relative error that one f32 sum, one bf16 rounding, or one f64 sum may leave."""
+    if dtype is torch.float64:
+        return 1e-11
     return 2e-5 if dtype is torch.float32 else 2.0**-7
 
 
 def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
     """f64 values rounded to the compute dtype, back in f64."""
+    if dtype is torch.float64:
+        return value
     return value.to(torch.float32).to(dtype).to(torch.float64)
 
 

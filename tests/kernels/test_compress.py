@@ -12,6 +12,7 @@ from kernels import (
     compress,
     compressor_rows,
     prepare_weight,
+    wide_dtype,
 )
 from tests.kernels.oracle64 import (
     DTYPES,
@@ -206,11 +207,11 @@ def test_rows_against_fp64(dtype: torch.dtype, ratio: int) -> None:
     wkv, wgate = weights(width, 32)
     ape, positions = torch.randn(ratio, width), torch.tensor([0, 3, 4, 127, 130])
     got = compressor_rows(column_slice(x), wkv, wgate, ape, positions)
-    assert got.dtype is torch.float32
+    assert got.dtype is wide_dtype(dtype)
     for t, position in enumerate(positions.tolist()):
         u = wkv.matrix.double() @ x[t].double()
         g = wgate.matrix.double() @ x[t].double() + ape[position % ratio].double()
-        assert_close(got[t], torch.cat((u, g)), torch.float32)
+        assert_close(got[t], torch.cat((u, g)), wide_dtype(dtype))
     assert compressor_rows(x[:0], wkv, wgate, ape, positions[:0]).shape == (0, 12)
 
 

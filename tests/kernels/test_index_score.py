@@ -10,6 +10,7 @@ from kernels import (
     load_entries,
     store_entries,
     topk_select,
+    wide_dtype,
 )
 from tests.kernels.oracle64 import (
     CACHE_DTYPES,
@@ -72,7 +73,7 @@ def test_against_fp64(dtype: torch.dtype, cache: CacheDtype) -> None:
     row_seq, num_entries = [0, 0, 1, 1, 0, 1], [11, 4, 5, 0, 7, 6]
     q, w = torch.randn(6, 3, DIM).to(dtype), torch.randn(6, 3)
     got = case.run(q, w, row_seq, num_entries)
-    assert got.dtype is torch.float32
+    assert got.dtype is wide_dtype(dtype)
     assert got.shape == (6, 11)
     want = torch.full((6, 11), -INF, dtype=torch.float64)
     for t, (seq, count) in enumerate(zip(row_seq, num_entries, strict=True)):
@@ -80,7 +81,7 @@ def test_against_fp64(dtype: torch.dtype, cache: CacheDtype) -> None:
             want[t, e] = score64(q[t], w[t], case.keys[seq][e].to(dtype))
     assert torch.equal(got == -INF, want == -INF)
     seen = want > -INF
-    assert_close(got[seen], want[seen], torch.float32)
+    assert_close(got[seen], want[seen], wide_dtype(dtype))
 
 
 @pytest.mark.parametrize("width", [1, 11, 255, 256, 300])
@@ -153,7 +154,7 @@ def test_contract() -> None:
     with pytest.raises(KernelContractError, match="block table"):
         case.run(q, w, [0], [17])
     with pytest.raises(KernelContractError, match="w"):
-        case.run(q, w.double(), [0], [1])
+        case.run(q, w.half(), [0], [1])
     with pytest.raises(KernelContractError, match="num_entries"):
         case.run(q, w, [0], [1, 1])
     with pytest.raises(KernelContractError, match="row_seq"):

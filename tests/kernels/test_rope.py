@@ -70,7 +70,7 @@ def test_contract() -> None:
     with pytest.raises(KernelContractError, match="positions"):
         apply_rope(x, positions.int(), inv_freq)
     with pytest.raises(KernelContractError, match="inv_freq"):
-        apply_rope(x, positions, inv_freq.double())
+        apply_rope(x, positions, inv_freq.half())
     with pytest.raises(KernelContractError, match="rotary dims"):
         apply_rope(x[:, :62], positions, inv_freq)
     with pytest.raises(KernelContractError, match=r"\[T, d\]"):

@@ -15,6 +15,7 @@ from kernels import (
     merge_lse,
     sparse_attention,
     store_entries,
+    wide_dtype,
 )
 from kernels.sparse_attention import keys as keys_of
 from kernels.sparse_attention import reference
@@ -51,7 +52,7 @@ def attend64(
             p = [math.exp(v - top) for v in z]
             extra = math.exp(float(sink[h]) - top) if sink is not None else 0.0
             for weight, c in zip(p, keys[t], strict=True):
-                o[t, h] += rounded(torch.tensor(weight), q.dtype) * c.double()
+                o[t, h] += rounded(torch.tensor(weight, dtype=torch.float64), q.dtype) * c.double()
             o[t, h] /= sum(p) + extra
             lse[t, h] = top + math.log(sum(p))
     return o, lse
@@ -59,11 +60,11 @@ def attend64(
 
 def check(got: Result, want: Result, dtype: torch.dtype) -> None:
     assert got[0].dtype is dtype
-    assert got[1].dtype is torch.float32
+    assert got[1].dtype is wide_dtype(dtype)
     assert_close(got[0], want[0], dtype)
     assert torch.equal(got[1] == -INF, want[1] == -INF)
     seen = want[1] > -INF
-    assert_close(got[1][seen], want[1][seen], torch.float32)
+    assert_close(got[1][seen], want[1][seen], wide_dtype(dtype))
     assert (got[0][~seen] == 0).all()
 
 
