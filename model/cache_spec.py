@@ -71,8 +71,13 @@ class CacheSpec:
 
     @property
     def ring_rows(self) -> int:
-        """Window ring length: the window plus the rows a verify step may write ahead."""
-        return self.config.sliding_window + self.max_drafts
+        """Window ring length: the window plus the rows a verify step may write ahead.
+
+        The MTP block writes further: after accepting d drafts of a step that began at p, its own
+        drafts reach p + 2d - 1, and a tail saved then at p + 1 still needs the row at p + 2 - window.
+        """
+        d = self.max_drafts
+        return self.config.sliding_window + max(d, 2 * d - 2)
 
     @property
     def tail_rows(self) -> int:

@@ -188,9 +188,11 @@ class PrefillBuilder:
             keep_source.append(plan.index(rank, RowRange(i, first, c.end)))
             keep_dest.append(self.pool.window_rows(s.slot, np.arange(first, c.end)))
             for save in s.save_tails:
-                rows = RowRange(i, save.position - back, save.position)
+                # A window longer than the prefix: the tail's first rows stand for nothing.
+                rows = RowRange(i, max(0, save.position - back), save.position)
                 tail_source.append(plan.index(rank, rows))
-                tail_dest.append(self.pool.tail_window_rows(save.tail))
+                kept = self.pool.tail_window_rows(save.tail)
+                tail_dest.append(kept[back - (rows.end - rows.start) :])
         request, position = plan.carried_rows()
         carried = _carried(request, position, slices, self.spec.ring_rows)
         return WindowPlan(
