@@ -88,8 +88,8 @@ class RetrievalBuilder:
         words: RetrievalWords,
         filler: Sequence[int],
         *,
-        num_facts: int = 8,
-        num_shown: int = 3,
+        num_facts: int = 24,
+        num_shown: int = 23,
         seed: int = 0,
     ) -> None:
         newline = words.newline_id

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens from the fact's value to the answer",
     )
     retrieval.add_argument("--num", type=int, default=4, metavar="N", help="prompts of each kind")
-    retrieval.add_argument("--facts", type=int, default=8, metavar="N", help="facts in a prompt")
+    retrieval.add_argument("--facts", type=int, default=24, metavar="N", help="facts in a prompt")
     retrieval.add_argument("--seed", type=int, default=0)
     retrieval.add_argument(
         "--words", type=Path, metavar="FILE", help="words.json; default: the checkpoint's own"
