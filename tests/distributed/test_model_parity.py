@@ -68,18 +68,18 @@ def check(setups: tuple[Setup, ...], setup: Setup, base: Setup) -> None:
 
 
 @pytest.mark.parametrize("setup", [*ONE, *TWO], ids=lambda s: s.name)
-def test_same_logits_on_one_and_two_ranks(setup: Setup) -> None:
+def test_same_logits_on_one_and_two_ranks_sglang_24560_26375_24650(setup: Setup) -> None:
     check(ONE if setup in ONE else TWO, setup, BASE)
 
 
 @pytest.mark.parametrize("setup", FOUR, ids=lambda s: s.name)
-def test_same_logits_on_four_ranks(setup: Setup) -> None:
+def test_same_logits_on_four_ranks_sglang_24560_26375_24650(setup: Setup) -> None:
     check(FOUR, setup, BASE)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("setup", itertools.chain(*FULL_FOUR), ids=lambda s: s.name)
-def test_same_logits_on_four_ranks_in_every_way(setup: Setup) -> None:
+def test_same_logits_on_four_ranks_in_every_way_sglang_27928(setup: Setup) -> None:
     check(next(group for group in FULL_FOUR if setup in group), setup, BASE)
 
 

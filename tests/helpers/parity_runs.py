@@ -122,7 +122,7 @@ def run_setups(rank: int, world: int, setups: Sequence[Setup]) -> dict[str, Outc
 
 
 @functools.cache
-def shape_path(**changes: int) -> str:
+def shape_path(**changes: int | tuple[int, ...]) -> str:
     """A config.json of the test shape, alive as long as the process."""
     folder = tempfile.TemporaryDirectory(prefix="shape-")
     _FOLDERS.append(folder)
