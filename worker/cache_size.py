@@ -34,7 +34,8 @@ def size_cache(spec: CacheSpec, config: WorkerConfig, budget: int, itemsize: int
         itemsize: bytes per value of the residual streams.
 
     Raises:
-        CapacityError: one request of ``max_model_len`` tokens does not fit.
+        CapacityError: one request of ``max_model_len`` tokens does not fit, or ``kv_shard: cp`` leaves
+            a cp rank without a block.
     """
     kv = config.kv_cache
     max_len = config.model.max_model_len or spec.config.max_position_embeddings
@@ -62,6 +63,11 @@ def size_cache(spec: CacheSpec, config: WorkerConfig, budget: int, itemsize: int
                 f" {spec.block_size} tokens, {num_blocks} fit"
             )
         max_len = num_blocks * spec.block_size
+    if spec.parallel.kv_shard == "cp" and num_blocks < spec.parallel.cp:
+        raise CapacityError(
+            f"kv_cache.num_blocks {num_blocks} with parallel.kv_shard cp: each of the"
+            f" {spec.parallel.cp} cp ranks needs at least one block"
+        )
     total = spec.pool_bytes(num_blocks) + fixed + num_tails * tail_bytes
     return CacheSize(
         num_blocks=num_blocks,

@@ -183,7 +183,7 @@ class _Reader:
         # Some engines write 1 for a sliding-window layer.
         main = tuple(0 if r == 1 else r for r in ratios[:layers])
         for layer, ratio in enumerate(main):
-            if ratio not in (0, CSA_RATIO, HCA_RATIO):
+            if not isinstance(ratio, int) or ratio not in (0, CSA_RATIO, HCA_RATIO):
                 raise CheckpointError(
                     f"{self.where}: compress_ratios[{layer}] = {ratio!r},"
                     f" allowed: 0, {CSA_RATIO}, {HCA_RATIO}"
