@@ -175,13 +175,13 @@ class PrefillBuilder:
         """Index maps of one window stream; the ring gets the last ``keep`` rows of each chunk."""
         rank, back = self.coord.cp_rank, self.window - 1
         workspace, start, length, offset = [], [], [], 0
-        for s in segments:
-            first = max(0, s.start - back)
-            workspace.append(plan.index(rank, RowRange(s.request, first, s.end)))
-            t = np.arange(s.start, s.end, dtype=np.int64)
+        for own in segments:
+            first = max(0, own.start - back)
+            workspace.append(plan.index(rank, RowRange(own.request, first, own.end)))
+            t = np.arange(own.start, own.end, dtype=np.int64)
             start.append(offset + np.maximum(t - back, 0) - first)
             length.append(np.minimum(t + 1, self.window))
-            offset += s.end - first
+            offset += own.end - first
         keep_source, keep_dest, tail_source, tail_dest = [], [], [], []
         for i, (s, c) in enumerate(zip(slices, chunks, strict=True)):
             first = max(c.start, c.end - keep)
@@ -234,9 +234,9 @@ class PrefillBuilder:
         )
         entries = entry_plan(chunks, segments, ratio, everyone=everyone)
         row_index = [np.zeros((0, ratio * (1 + back)), dtype=np.int64)]
-        for request, w0, w1 in entries.ranges[rank]:
+        for index, w0, w1 in entries.ranges[rank]:
             first = max(0, (w0 - back) * ratio)
-            rows = plan.index(rank, RowRange(request, first, w1 * ratio)).reshape(-1, ratio)
+            rows = plan.index(rank, RowRange(index, first, w1 * ratio)).reshape(-1, ratio)
             if overlap:
                 if w0 == 0:
                     rows = np.concatenate([np.full((1, ratio), -1, dtype=np.int64), rows])
@@ -346,4 +346,5 @@ def _carried(
     request: Indices, position: Indices, slices: Sequence[PrefillSlice], ring: int
 ) -> Indices:
     slot = np.array([s.slot for s in slices], dtype=np.int64)
-    return slot[request] * ring + position % ring
+    rows: Indices = slot[request] * ring + position % ring
+    return rows
