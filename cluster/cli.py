@@ -67,8 +67,11 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Run one verb; the process's exit code."""
     verb = next((word for word in argv if not word.startswith("-")), None)
+    signal.signal(signal.SIGINT, _leave_imports)
     args = build_parser(verb).parse_args(argv)
     _share_import_path()
+    # Also where the shell that started us in the background had SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _terminate)
     try:
         code: int = args.run(args)
@@ -98,6 +101,12 @@ def _share_import_path() -> None:
     known = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     if str(ROOT) not in known:
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *known])
+
+
+def _leave_imports(signum: int, frame: FrameType | None) -> None:
+    """Ctrl-C while modules load, when nothing has been started: extension modules swallow exceptions."""
+    os.write(2, b"interrupted\n")
+    os._exit(EXIT_INTERRUPTED)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

@@ -60,7 +60,10 @@ def compose(text: str, origin: Origin) -> yaml.Node | None:
         where = f"{origin.label}:{line}" if origin.is_file else origin.label
         raise ConfigError(f"{where}: not valid YAML: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{origin.label}: not valid YAML: {error}") from error
+        text = " ".join(str(error).split())  # one line
+        raise ConfigError(f"{origin.label}: not valid YAML: {text}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{origin.label}: not valid YAML: nested too deeply") from error
 
 
 def read_section(

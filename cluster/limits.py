@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cluster.errors import RequestError
 from worker.config import WorkerConfig
 from worker.protocol import CacheInfo
 
@@ -53,6 +54,20 @@ class SchedulerLimits:
     def max_logit_rows(self) -> int:
         """Logit rows of one step, MTP rows counted too; 2 at least, so that scoring advances."""
         return max(2, LOGIT_BYTES // (4 * self.vocab_size))
+
+    def check_fits(self, num_tokens: int) -> None:
+        """RequestError if a request of ``num_tokens`` (prompt and output) could never run."""
+        if num_tokens > self.max_model_len:
+            raise RequestError(
+                f"the request needs {num_tokens} tokens (prompt and output); "
+                f"max_model_len is {self.max_model_len}"
+            )
+        need = self.num_blocks_for(num_tokens)
+        if need > self.num_blocks:
+            raise RequestError(
+                f"the request needs {need} KV blocks of {self.block_size} tokens "
+                f"({num_tokens} tokens); the cache has {self.num_blocks}"
+            )
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Blocks that ``num_tokens`` tokens take."""

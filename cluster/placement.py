@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cluster.block_manager import BlockManager
-from cluster.errors import RequestError
 from cluster.limits import SchedulerLimits
 from cluster.sequence import Sequence
 from worker.protocol import SlotInit, TailOp
@@ -53,18 +52,7 @@ class Placement:
 
     def check_fits(self, num_tokens: int) -> None:
         """RequestError if a request of ``num_tokens`` (prompt and output) could never run."""
-        limits = self.limits
-        if num_tokens > limits.max_model_len:
-            raise RequestError(
-                f"the request needs {num_tokens} tokens (prompt and output); "
-                f"max_model_len is {limits.max_model_len}"
-            )
-        need = limits.num_blocks_for(num_tokens)
-        if need > limits.num_blocks:
-            raise RequestError(
-                f"the request needs {need} KV blocks of {limits.block_size} tokens "
-                f"({num_tokens} tokens); the cache has {limits.num_blocks}"
-            )
+        self.limits.check_fits(num_tokens)
 
     def admit(self, seq: Sequence, headroom: int) -> SlotInit | None:
         """Give ``seq`` a slot, its cached prefix, and blocks for all its tokens; None if they lack.

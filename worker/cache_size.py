@@ -58,9 +58,17 @@ def size_cache(spec: CacheSpec, config: WorkerConfig, budget: int, itemsize: int
     needed = -(-max_len // spec.block_size)
     if num_blocks < max(needed, 1):
         if config.model.max_model_len or kv.num_blocks == "auto":
+            asked = config.model.max_model_len
+            request = f"one request of max_model_len {asked} tokens" if asked else "one request"
+            room = f"kv_cache.num_blocks is {num_blocks}"
+            if kv.num_blocks == "auto":
+                room = (
+                    f"{num_blocks} fit into {max(budget, 0)} bytes, of which {fixed} are for the"
+                    f" slots of {num_slots} requests (scheduler.max_num_seqs) and"
+                    f" {num_tails * tail_bytes} for {num_tails} saved tails"
+                )
             raise CapacityError(
-                f"one request of max_model_len {max_len} tokens needs {needed} blocks of"
-                f" {spec.block_size} tokens, {num_blocks} fit"
+                f"{request} needs {max(needed, 1)} KV blocks of {spec.block_size} tokens; {room}"
             )
         max_len = num_blocks * spec.block_size
     if spec.parallel.kv_shard == "cp" and num_blocks < spec.parallel.cp:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,39 @@ def read_token_file(path: Path) -> list[list[int]]:
                     f"{path}: request {index}, position {position}: {token_id!r} is not a token id"
                 )
     return requests
+
+
+def check_output_file(name: str, path: Path) -> None:
+    """Find out now, not after the work, whether a file can be written; leaves nothing there.
+
+    Raises:
+        InputError: a folder, device or pipe, or a place where no file can be made.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{name} {path}: must be a file in an existing directory")
+        with tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent):
+            pass
+    except OSError as err:
+        raise InputError(
+            f"{name} {path}: must be a file in an existing directory: {err.strerror}"
+        ) from err
+
+
+def check_output_folder(name: str, folder: Path) -> None:
+    """Make a folder if it is not there, and find out whether files can be written in it.
+
+    Raises:
+        InputError: it cannot be made, or nothing can be written in it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as err:
+        raise InputError(
+            f"{name} {folder}: must be a folder that can be written: {err.strerror}"
+        ) from err
 
 
 def _read_json(path: Path) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cluster.commands.common import (
     add_config_arguments,
+    check_output_folder,
     config_from,
     output_console,
     say,
@@ -35,6 +36,7 @@ from cluster.retrieval_plot import plot_scores
 from cluster.sequence import FinishReason
 
 _ANSWER_TOKENS = 2  # the value and the newline after it: decode (and MTP) takes part
+_PARAMS = GenerationParams(max_tokens=_ANSWER_TOKENS, ignore_eos=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,11 +71,12 @@ def run(args: argparse.Namespace) -> int:
     if args.num < 1 or args.facts < 1:
         raise InputError(f"--num {args.num} and --facts {args.facts}: both must be at least 1")
     served = prepare(config_from(args))
+    _check_lengths(args.lengths, served)
     prompts = list(grid(_builder(args, served), args.lengths, args.distances, args.num))
     if not prompts:
         raise InputError(f"no distance of {args.distances} fits a length of {args.lengths}")
-    if not args.output.parent.is_dir():
-        raise InputError(f"--output {args.output}: its parent directory does not exist")
+    served.check_prompts([p.token_ids for p in prompts], _PARAMS)
+    check_output_folder("--output", args.output)
     say(f"{len(prompts)} prompts, {sum(p.length for p in prompts)} tokens")
     with running_engine(served) as engine:
         began = time.monotonic()
@@ -96,14 +99,22 @@ class _Asker:
 
     def __call__(self, prompts: Sequence[RetrievalPrompt]) -> list[int]:
         answers = [-1] * len(prompts)
-        params = GenerationParams(max_tokens=_ANSWER_TOKENS, ignore_eos=True)
-        for event in self._engine.generate([list(p.token_ids) for p in prompts], params):
+        for event in self._engine.generate([list(p.token_ids) for p in prompts], _PARAMS):
             if event.token_ids and answers[event.index] < 0:
                 answers[event.index] = event.token_ids[0]
             if event.finish_reason is FinishReason.ERROR:
                 self.failed = True
                 say(f"error: prompt {event.index}: {event.error}")
         return answers
+
+
+def _check_lengths(lengths: Sequence[int], served: Served) -> None:
+    """InputError for a length no request can have, before its prompts are made."""
+    most = served.limits.max_request_tokens - _ANSWER_TOKENS
+    if max(lengths) > most:
+        raise InputError(
+            f"--lengths {max(lengths)}: at most {most} tokens (model.max_model_len, KV cache)"
+        )
 
 
 def _builder(args: argparse.Namespace, served: Served) -> RetrievalBuilder:
@@ -133,7 +144,6 @@ def _print(scores: Sequence[RetrievalScore]) -> None:
 
 
 def _save(scores: Sequence[RetrievalScore], folder: Path, served: Served) -> None:
-    folder.mkdir(exist_ok=True)
     config = served.config
     title = f"retrieval, cp {config.parallel.cp} x tp {config.parallel.tp}, {config.model.numerics}"
     plot_scores(scores, folder / "retrieval.png", title=title)
@@ -144,7 +154,10 @@ def _save(scores: Sequence[RetrievalScore], folder: Path, served: Served) -> Non
 
 def _numbers(text: str) -> tuple[int, ...]:
     """``20,60`` as numbers; argparse turns the error into a usage message."""
-    numbers = tuple(int(part) for part in text.split(","))
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
     if not numbers or min(numbers) < 1:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers above 0, as 20,60")
     return numbers

@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     served = prepare(config_from(args))
     prompts = _prompts(args, served, requests)
     params = _params(args)
+    served.check_prompts(prompts, params)
     began = time.monotonic()
     with running_engine(served) as engine:
         started = time.monotonic()

@@ -21,29 +21,37 @@ from model.checkpoint.source import load_config
 from worker.report import MemoryReport, memory_report, wire_itemsize
 
 _GIB = 1 << 30
+_GPUS = 4  # of a machine when neither arguments nor mesh say
+_MOST = 1 << 20  # of nodes, GPUs, GiB
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     add_config_arguments(parser)
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (1)")
-    parser.add_argument("--gpus", type=int, default=4, metavar="G", help="GPUs per machine (4)")
+    parser.add_argument("--nodes", type=int, metavar="N", help="machines (cluster.nodes)")
+    parser.add_argument(
+        "--gpus", type=int, metavar="G", help="GPUs per machine (those of the mesh, 4 without one)"
+    )
     parser.add_argument("--gib", type=float, default=139, metavar="M", help="GiB per GPU (139)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print memory per rank, the KV tokens that fit, and the bytes of every gather."""
-    for name, value in (("--nodes", args.nodes), ("--gpus", args.gpus), ("--gib", args.gib)):
-        if not value > 0:
-            raise InputError(f"{name} {value}: must be above 0")
-    config = _with_mesh(config_from(args, ["cluster.executor=local"]), args.nodes * args.gpus)
+    config = config_from(args)
+    world = config.parallel.world
+    nodes = config.cluster.nodes if args.nodes is None else args.nodes
+    for name, value in (("--nodes", nodes), ("--gpus", args.gpus), ("--gib", args.gib)):
+        if value is not None and not 0 < value <= _MOST:
+            raise InputError(f"{name} {value}: must be above 0 and at most {_MOST}")
+    gpus = args.gpus or (max(1, world // nodes) if world > 1 else _GPUS)
+    config = _with_mesh(config, nodes * gpus)
     model = load_config(path=config.model.path, shape=config.model.shape)
     worker = config.worker()
     budget = int(args.gib * _GIB * config.kv_cache.memory_fraction)
     report = memory_report(worker, model, budget)
     console = output_console()
     console.print(
-        f"machine: {args.nodes} node(s) x {args.gpus} GPU(s) x {args.gib:g} GiB,"
+        f"machine: {nodes} node(s) x {gpus} GPU(s) x {args.gib:g} GiB,"
         f" of which {config.kv_cache.memory_fraction:.0%} may be used",
         soft_wrap=True,
     )
@@ -59,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
             human_bytes(item.inside / tokens),
             human_bytes(item.between / tokens),
         )
-        for item in _traffic(config, report, wire_itemsize(worker), args.nodes)
+        for item in _traffic(config, report, wire_itemsize(worker), nodes)
     ]
     columns = ("what", "inside nodes", "between nodes", "inside / token", "between / token")
     console.print(

@@ -10,10 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from cluster.commands.common import add_config_arguments, config_from, read_token_file, say
+from cluster.commands.common import (
+    add_config_arguments,
+    check_output_file,
+    config_from,
+    read_token_file,
+    say,
+)
 from cluster.commands.exits import EXIT_OK, InputError
 from cluster.commands.serving import prepare, running_engine
 from cluster.engine import LLMEngine
+from cluster.errors import RequestError
 from cluster.events import ScoreRequest
 from cluster.params import check_token_ids
 
@@ -48,14 +55,17 @@ def run(args: argparse.Namespace) -> int:
         ScoreRequest(token_ids=ids, decode_from=args.decode_from, mtp=args.mtp)
         for ids in read_token_file(args.input)
     ]
-    for request in requests:
-        request.spec()  # a RequestError now, not after the start
-    if not args.output.parent.is_dir() or args.output.is_dir():
-        raise InputError(f"--output {args.output}: must be a file in an existing directory")
+    for index, request in enumerate(requests):
+        try:
+            request.spec()
+        except RequestError as err:
+            raise InputError(f"{args.input}: request {index}: {err}") from err
+    check_output_file("--output", args.output)
     served = prepare(config_from(args), load_mtp=args.mtp)
     vocab = served.model.vocab_size
     for index, request in enumerate(requests):
         check_token_ids(f"{args.input}: request {index}", request.token_ids, vocab)
+    served.check_scores(requests)
     with running_engine(served) as engine:
         tensors = collect(engine, requests, vocab)
     _save(tensors, args.output)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cluster.commands.common import say
+from cluster.commands.common import check_output_folder, say
 from cluster.commands.exits import InputError
 from cluster.config import ClusterConfig
 from cluster.engine import EngineConfig, LLMEngine
+from cluster.errors import RequestError
+from cluster.events import ScoreRequest
 from cluster.executors import make_executor
+from cluster.intake import Intake
+from cluster.limits import SchedulerLimits
+from cluster.params import GenerationParams
 from cluster.tokenizer import Tokenizer
 from model.deepseek_v4.config import DeepSeekV4Config
+from worker.config import WorkerConfig
+from worker.protocol import CacheInfo
 from worker.report import PlatformError, device_memory, inspect_model, memory_report
 
 
@@ -26,6 +33,34 @@ class Served:
     model: DeepSeekV4Config
     tokenizer: Tokenizer | None
     load_mtp: bool
+    limits: SchedulerLimits  # on CUDA an upper bound: only the ranks see their free memory
+
+    def check_prompts(self, prompts: Iterable[Sequence[int]], params: GenerationParams) -> None:
+        """RequestError now, before anything starts, for what the engine would refuse."""
+        intake = self._intake()
+        for index, ids in enumerate(prompts):
+            try:
+                request = intake.generation(index, ids, params, self.limits)
+                self.limits.check_fits(request.max_len)
+            except RequestError as err:
+                raise RequestError(f"request {index}: {err}") from err
+
+    def check_scores(self, requests: Iterable[ScoreRequest]) -> None:
+        """RequestError now, before anything starts, for what the engine would refuse."""
+        intake = self._intake()
+        for index, item in enumerate(requests):
+            try:
+                self.limits.check_fits(intake.scoring(index, item, self.limits).max_len)
+            except RequestError as err:
+                raise RequestError(f"request {index}: {err}") from err
+
+    def _intake(self) -> Intake:
+        return Intake(
+            vocab_size=self.model.vocab_size,
+            eos_token_ids=frozenset((self.model.eos_token_id,)),
+            seed=0,
+            tokenizer=self.tokenizer,
+        )
 
 
 def prepare(config: ClusterConfig, *, load_mtp: bool = False) -> Served:
@@ -38,6 +73,7 @@ def prepare(config: ClusterConfig, *, load_mtp: bool = False) -> Served:
         InputError: a device that is not here, or an MTP block that the model does not have.
         CheckpointError: a checkpoint or mesh that cannot be used.
         CapacityError: caches that cannot hold one request.
+        InputError: a ``cluster.log_dir`` that cannot be written.
     """
     try:
         _, memory = device_memory(config.device)
@@ -56,11 +92,38 @@ def prepare(config: ClusterConfig, *, load_mtp: bool = False) -> Served:
                 " allowed is 0"
             )
         config = replace(config, speculative=replace(config.speculative, mtp=0))
-    if memory is None:
-        memory_report(config.worker(load_mtp=load_mtp), model)
+    if config.cluster.executor == "local" and config.cluster.log_dir:
+        check_output_folder("cluster.log_dir", Path(config.cluster.log_dir))
     path = config.model.path
-    tokenizer = Tokenizer.load(Path(path)) if path else None
-    return Served(config=config, model=model, tokenizer=tokenizer, load_mtp=load_mtp)
+    return Served(
+        config=config,
+        model=model,
+        tokenizer=Tokenizer.load(Path(path)) if path else None,
+        load_mtp=load_mtp,
+        limits=_limits(config.worker(load_mtp=load_mtp), model, sized_here=memory is None),
+    )
+
+
+def _limits(worker: WorkerConfig, model: DeepSeekV4Config, *, sized_here: bool) -> SchedulerLimits:
+    """What the ranks will allocate; where only they can tell, what the config allows at most."""
+    kv = worker.kv_cache
+    if sized_here:
+        size = memory_report(worker, model).size
+        blocks, longest, tails = size.num_blocks, size.max_model_len, size.num_tails
+    else:
+        longest = worker.model.max_model_len or model.max_position_embeddings
+        blocks = -(-longest // kv.block_size) if kv.num_blocks == "auto" else kv.num_blocks
+        tails = 0
+    info = CacheInfo(
+        num_blocks=blocks,
+        block_size=kv.block_size,
+        num_slots=worker.scheduler.max_num_seqs,
+        num_tails=tails,
+        max_model_len=longest,
+        allocated_bytes=0,
+        weight_bytes=0,
+    )
+    return SchedulerLimits.build(worker, info, model.vocab_size)
 
 
 @contextmanager

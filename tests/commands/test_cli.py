@@ -134,7 +134,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
         "plan without a shape": (["plan"], "model.shape"),
         "plan of no machine": (["plan", "--set", "model.shape=flash", "--gpus", "0"], "--gpus"),
         "plan of another mesh": (
-            ["plan", "--set", "model.shape=flash", "--set", "parallel.cp=2"],
+            ["plan", "--set", "model.shape=flash", "--set", "parallel.cp=2", "--gpus", "4"],
             "parallel.cp 2",
         ),
         "plan too small": (["plan", "--set", "model.shape=flash", "--gib", "20"], "tokens"),
