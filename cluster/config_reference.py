@@ -18,8 +18,8 @@ MEANINGS: dict[str, str] = {
     "`config.json` in `model.path`",
     "model.load_format": "`random` makes weights of the shape from `model.seed`; `auto` loads "
     "whatever `model.path` holds",
-    "model.numerics": "`release`: the official rounding steps, what is served; `fp32_rounded`: fp32 "
-    "arithmetic with those steps; `fp32`: no rounding, for oracles",
+    "model.numerics": "`release`: the official rounding steps, what is served; `fp32_rounded`: those "
+    "steps with float64 between them, `fp32`: no rounding; both for oracles",
     "model.max_model_len": "tokens of prompt and output together; 0: what the model allows",
     "model.seed": "seed of `load_format: random`; the same weights on every mesh",
     "device": "`auto` takes CUDA where there is a device, and says so",
