@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch
 from torch import Tensor
 
 from kernels import CacheDtype
@@ -79,16 +78,18 @@ def release_caches(rank: int, world: int, setups: list[Setup]) -> dict[str, list
 
 
 def test_fp8_cache_of_cp_equals_one_rank() -> None:
-    """Before any sum over rows the bytes agree; behind it a last bit may flip, and what it touches."""
+    """The first windows agree to the bit; behind a product a rounding may flip, and what it touches.
+
+    A row of the reference products depends, in its last bit, on how many rows are beside it. One wrong
+    row of 160 is an error of 0.11 of the whole, a flipped rounding one of 0.01; deeper layers amplify it.
+    """
     (expected,) = release_caches(0, 1, [RELEASE]).values()
     ranks = run_ranks(release_caches, 2, list(RELEASE_TWO), timeout=200)
     for setup in RELEASE_TWO:
         found = merged([r[setup.name] for r in ranks], setup)
         for layer, (a, b) in enumerate(zip(found, expected, strict=True)):
             for name in a:
-                x, y = a[name], b[name]
-                # One e4m3 step is at most an eighth of the value; tiny ones share their block's scale.
-                step = torch.maximum(x.abs(), y.abs()) / 8 + y.abs().amax(-1, keepdim=True) / 64
-                assert ((x - y).abs() <= step).double().mean() > 0.98, (layer, name)
+                error = ((a[name] - b[name]).square().mean() / b[name].square().mean()).sqrt()
+                assert error < (0.03 if layer < 2 else 0.2), (setup.name, layer, name, error)
                 if layer == 0 or (layer == 1 and name == "window"):
-                    assert (x == y).double().mean() > 0.999, (layer, name)
+                    assert (a[name] == b[name]).double().mean() > 0.999, (layer, name)
