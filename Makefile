@@ -15,8 +15,8 @@ export OMP_NUM_THREADS ?= 1
 
 demo: $(VENV)/.run-stamp
 	@$(PY) launch.py generate --config configs/tiny_cpu_cp2.yaml \
-	  --set model.path=assets/tiny-python --set speculative.mtp=1 --chat --max-tokens 96 \
-	  --prompt 'Write a Python function `read_config`: Read configuration file.'
+	  --set model.path=assets/tiny-python --set speculative.mtp=1 --chat --max-tokens 128 \
+	  --prompt 'Write a Python function `add_numbers`: Return the sum of two numbers.'
 
 test: lint
 	$(PY) -m pytest -m "not full and not gpu" $(PYTEST_ARGS)
