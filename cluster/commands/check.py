@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from itertools import groupby
+from pathlib import Path
 
 from rich.console import Console
 
@@ -16,8 +17,10 @@ from cluster.commands.common import (
     table,
 )
 from cluster.commands.exits import EXIT_OK, InputError
+from cluster.commands.serving import settle_drafts
 from cluster.config import ClusterConfig, dump
 from cluster.mesh_view import cut_picture, decode_slices, mesh_picture, rank_views, span
+from cluster.tokenizer import Tokenizer
 from model.deepseek_v4.config import CSA_RATIO, HCA_RATIO, DeepSeekV4Config
 from model.parallel.partition import Chunk
 from worker.report import (
@@ -39,12 +42,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Validate config and checkpoint, print the plan."""
     config = config_from(args)
-    worker = config.worker()
     try:
         device, memory = device_memory(config.device)
     except PlatformError as err:
         raise InputError(str(err)) from err
-    model = inspect_model(worker)
+    model = inspect_model(config.worker())
+    config = settle_drafts(config, model.config)
+    worker = config.worker()
+    if config.model.path:
+        Tokenizer.load(Path(config.model.path))  # a CheckpointError where it is there but unusable
     budget = None if memory is None else int(memory * config.kv_cache.memory_fraction)
     report = memory_report(worker, model.config, budget)
     console = output_console()

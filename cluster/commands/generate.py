@@ -183,7 +183,7 @@ def _summarise(engine: LLMEngine, writer: _Writer, seconds: float) -> None:
     stats = engine.stats
     total = sum(len(answer.token_ids) for answer in writer.answers)
     timings = [a.last.timings for a in writer.answers if a.last is not None and a.last.timings]
-    first = min((t.ttft_s for t in timings), default=0.0)
+    first = min((t.ttft_s for t in timings if t.first_token), default=0.0)
     say(
         f"{total} tokens in {seconds:.2f} s; first token after {first:.2f} s;"
         f" prefill {stats.prefill_tokens_per_s:.1f} tokens/s,"

@@ -83,15 +83,9 @@ def prepare(config: ClusterConfig, *, load_mtp: bool = False) -> Served:
     model = report.config
     for note in report.notes:
         say(note)
-    if model.num_mtp_layers == 0:
-        if load_mtp:
-            raise InputError("--mtp: the model has no MTP block to score with")
-        if config.speculative.mtp and not model.dspark:
-            raise InputError(
-                f"speculative.mtp = {config.speculative.mtp}, but the model has no MTP block:"
-                " allowed is 0"
-            )
-        config = replace(config, speculative=replace(config.speculative, mtp=0))
+    if model.num_mtp_layers == 0 and load_mtp:
+        raise InputError("--mtp: the model has no MTP block to score with")
+    config = settle_drafts(config, model)
     if config.cluster.executor == "local" and config.cluster.log_dir:
         check_output_folder("cluster.log_dir", Path(config.cluster.log_dir))
     path = config.model.path
@@ -102,6 +96,22 @@ def prepare(config: ClusterConfig, *, load_mtp: bool = False) -> Served:
         load_mtp=load_mtp,
         limits=_limits(config.worker(load_mtp=load_mtp), model, sized_here=memory is None),
     )
+
+
+def settle_drafts(config: ClusterConfig, model: DeepSeekV4Config) -> ClusterConfig:
+    """The config as it will run: no drafts with a 0731 release, whose drafts are not used.
+
+    Raises:
+        InputError: drafts are asked for, and the model has no MTP block.
+    """
+    drafts = config.speculative.mtp
+    if model.num_mtp_layers or not drafts:
+        return config
+    if not model.dspark:
+        raise InputError(
+            f"speculative.mtp = {drafts}, but the model has no MTP block: allowed is 0"
+        )
+    return replace(config, speculative=replace(config.speculative, mtp=0))
 
 
 def _limits(worker: WorkerConfig, model: DeepSeekV4Config, *, sized_here: bool) -> SchedulerLimits:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,8 @@ def files(tmp_path: Path) -> Path:
     requests = {"ids": [[1, 2, 3]], "uneven": [[1, 2, 3], [1, 2]], "long": [[1], [1] * 600]}
     for name, ids in requests.items():
         (tmp_path / f"{name}.json").write_text(json.dumps({"requests": ids}))
+    broken = shutil.copytree(ROOT / "tests" / "golden" / "a_swa", tmp_path / "ck")
+    (broken / "tokenizer.json").write_text("{}")
     (tmp_path / "nul.yaml").write_bytes(b'model:\n  path: "a"\x00\n')
     (tmp_path / "deep.yaml").write_text("model: " + "[" * 5000 + "]" * 5000)
     return tmp_path
@@ -74,6 +77,11 @@ def cases() -> dict[str, tuple[list[str], str]]:
         "file as folder": ([*retrieval, "--output", "@/ids.json"], "--output"),
         "lengths": ([*retrieval, "--lengths", "900000000"], "--lengths 900000000"),
         "lengths of the model": ([*retrieval, *short, "--lengths", "600"], "at most 510"),
+        "check without drafts": (
+            ["check", *GOLDEN, "--set", "speculative.mtp=1"],
+            "speculative.mtp",
+        ),
+        "check of a tokenizer": (["check", "--set", "model.path=@/ck"], "tokenizer.json"),
         "NUL in YAML": (["check", "--config", "@/nul.yaml"], "not valid YAML"),
         "nested YAML": (["check", "--config", "@/deep.yaml"], "nested too deeply"),
         "endless memory": (["plan", *PRO, "--gib", "inf"], "--gib inf"),
