@@ -78,7 +78,7 @@ def test_same_logits_on_four_ranks_sglang_24560_26375_24650(setup: Setup) -> Non
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("setup", itertools.chain(*FULL_FOUR), ids=lambda s: s.name)
+@pytest.mark.parametrize("setup", [*itertools.chain(*FULL_FOUR)], ids=lambda s: s.name)
 def test_same_logits_on_four_ranks_in_every_way_sglang_27928(setup: Setup) -> None:
     check(next(group for group in FULL_FOUR if setup in group), setup, BASE)
 
