@@ -73,7 +73,7 @@ def prepare(config: ClusterConfig, *, load_mtp: bool = False) -> Served:
         InputError: a device that is not here, or an MTP block that the model does not have.
         CheckpointError: a checkpoint or mesh that cannot be used.
         CapacityError: caches that cannot hold one request.
-        InputError: a ``cluster.log_dir`` that cannot be written.
+        InputError: a ``cluster.log_dir`` or ``cluster.ray.temp_dir`` that cannot be written.
     """
     try:
         _, memory = device_memory(config.device)
@@ -86,8 +86,11 @@ def prepare(config: ClusterConfig, *, load_mtp: bool = False) -> Served:
     if model.num_mtp_layers == 0 and load_mtp:
         raise InputError("--mtp: the model has no MTP block to score with")
     config = settle_drafts(config, model)
-    if config.cluster.executor == "local" and config.cluster.log_dir:
-        check_output_folder("cluster.log_dir", Path(config.cluster.log_dir))
+    cluster = config.cluster
+    if cluster.executor == "local" and cluster.log_dir:
+        check_output_folder("cluster.log_dir", Path(cluster.log_dir))
+    if cluster.executor == "ray" and cluster.ray.temp_dir and not cluster.ray.address:
+        check_output_folder("cluster.ray.temp_dir", Path(cluster.ray.temp_dir))
     path = config.model.path
     return Served(
         config=config,

@@ -67,6 +67,11 @@ def cases() -> dict[str, tuple[list[str], str]]:
         ),
         "no room": ([*generate, *small], "1048576 bytes"),
         "log folder": ([*generate, "--set", "cluster.log_dir=@/ids.json"], "cluster.log_dir"),
+        "folder of Ray": (
+            [*generate, "--set", "cluster.executor=ray"]
+            + ["--set", "cluster.ray.temp_dir=@/ids.json"],
+            "cluster.ray.temp_dir",
+        ),
         "which request": (
             ["score", "--input", "@/uneven.json", "--output", "@/o", "--decode-from", "2", *TINY],
             "request 1: decode_from",
