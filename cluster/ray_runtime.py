@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from pathlib import Path
@@ -15,9 +16,11 @@ from typing import Any
 import ray
 
 from cluster.config import RayConfig
+from cluster.errors import ConfigError
 
 _LOG = logging.getLogger("causeway.ray")
 _OBJECT_STORE_BYTES = 80 << 20  # close to Ray's minimum: no tensor ever goes through Ray
+_REACH_S = 5.0  # seconds to wait for a joined Ray's port
 _MAX_TEMP_PATH = 40  # sockets live in it, and their paths may have 107 bytes
 _LOCAL_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -43,6 +46,7 @@ class RayRuntime:
             self._ours = True
             before = signal.getsignal(signal.SIGTERM)
             if self._config.address:
+                _check_reachable(self._config.address)
                 ray.init(address=self._config.address, **_quiet())
             else:
                 self._start()
@@ -114,6 +118,20 @@ class RayRuntime:
         short = base if len(base) <= _MAX_TEMP_PATH - 16 else "/tmp"
         self._temp = Path(tempfile.mkdtemp(prefix="cw", dir=short))
         return self._temp / "ray"  # Ray opens its directory to all; the one around it is ours alone
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse an address that nobody answers; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():  # "auto", "local", "ray://...": Ray's own words
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"cluster.ray.address = {address}: no Ray answers there ({error});"
+            " start one with `ray start --head`, or leave the key empty"
+        ) from error
 
 
 def _quiet() -> dict[str, Any]:
