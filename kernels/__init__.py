@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the same exports, for type checkers and editors
     # isort: off
     from kernels.compress.api import compress as compress, compressor_rows as compressor_rows
+    from kernels.compress_insert.api import compress_insert as compress_insert
     from kernels.contract import KernelContractError as KernelContractError
     from kernels.grouped_gemm.api import (
         PreparedExperts as PreparedExperts,
@@ -25,8 +26,10 @@ if TYPE_CHECKING:  # the same exports, for type checkers and editors
     from kernels.grouped_output.api import grouped_output as grouped_output
     from kernels.gumbel.api import gumbel_noise as gumbel_noise
     from kernels.hc.api import hc_head as hc_head, hc_post as hc_post, hc_pre as hc_pre
+    from kernels.hc_post_pre.api import hc_post_pre as hc_post_pre
     from kernels.index_query.api import index_query as index_query
     from kernels.index_score.api import index_score as index_score
+    from kernels.kv_insert.api import kv_insert as kv_insert
     from kernels.kv_norm_rope.api import kv_norm_rope as kv_norm_rope
     from kernels.linear.api import (
         PreparedWeight as PreparedWeight,
@@ -60,6 +63,16 @@ if TYPE_CHECKING:  # the same exports, for type checkers and editors
         fake_quant_fp8 as fake_quant_fp8,
         pack_fp4 as pack_fp4,
         quant_fp8_weight as quant_fp8_weight,
+    )
+    from kernels.quant_gemm.api import (
+        expert_ffn_quant as expert_ffn_quant,
+        linear_quant as linear_quant,
+    )
+    from kernels.quant_rows.api import (
+        QuantRows as QuantRows,
+        quant_rows as quant_rows,
+        rms_norm_quant as rms_norm_quant,
+        swiglu_quant as swiglu_quant,
     )
     from kernels.rms_norm.api import rms_norm as rms_norm
     from kernels.rope.api import apply_rope as apply_rope
@@ -98,16 +111,24 @@ _EXPORTS: dict[str, str] = {
     "PreparedExperts": "kernels.grouped_gemm.api",
     "expert_ffn": "kernels.grouped_gemm.api",
     "prepare_experts": "kernels.grouped_gemm.api",
+    "QuantRows": "kernels.quant_rows.api",
+    "quant_rows": "kernels.quant_rows.api",
+    "rms_norm_quant": "kernels.quant_rows.api",
+    "swiglu_quant": "kernels.quant_rows.api",
+    "linear_quant": "kernels.quant_gemm.api",
+    "expert_ffn_quant": "kernels.quant_gemm.api",
     "swiglu": "kernels.swiglu.api",
     "rms_norm": "kernels.rms_norm.api",
     "q_norm_rope": "kernels.q_norm_rope.api",
     "kv_norm_rope": "kernels.kv_norm_rope.api",
     "apply_rope": "kernels.rope.api",
+    "kv_insert": "kernels.kv_insert.api",
     "load_entries": "kernels.page_cache.api",
     "round_entries": "kernels.page_cache.api",
     "store_entries": "kernels.page_cache.api",
     "compress": "kernels.compress.api",
     "compressor_rows": "kernels.compress.api",
+    "compress_insert": "kernels.compress_insert.api",
     "index_query": "kernels.index_query.api",
     "index_score": "kernels.index_score.api",
     "topk_merge": "kernels.topk.api",
@@ -118,6 +139,10 @@ _EXPORTS: dict[str, str] = {
     "sparse_attention": "kernels.sparse_attention.api",
     "merge_lse": "kernels.merge_lse.api",
     "grouped_output": "kernels.grouped_output.api",
+    "PermutedRows": "kernels.moe_permute.api",
+    "moe_permute": "kernels.moe_permute.api",
+    "moe_unpermute": "kernels.moe_permute.api",
+    "hc_post_pre": "kernels.hc_post_pre.api",
     "hc_head": "kernels.hc.api",
     "hc_post": "kernels.hc.api",
     "hc_pre": "kernels.hc.api",

@@ -30,6 +30,7 @@ class Implementation:
         module: dotted module that defines a function with the op's name.
         device_types: device types it runs on.
         min_compute: smallest CUDA compute capability; (0, 0) for any.
+        only_compute: the one capability it is compiled for (sm_90a code runs nowhere else), or None.
         why: a few words for the table that ``describe`` prints.
     """
 
@@ -37,11 +38,13 @@ class Implementation:
     module: str
     device_types: tuple[str, ...]
     min_compute: tuple[int, int] = (0, 0)
+    only_compute: tuple[int, int] | None = None
     why: str
 
     def runs_on(self, cap: Capability) -> bool:
         """Whether the device meets the needs."""
-        return cap.device_type in self.device_types and cap.compute >= self.min_compute
+        fits = self.only_compute is None or cap.compute == self.only_compute
+        return fits and cap.device_type in self.device_types and cap.compute >= self.min_compute
 
 
 # Op -> folder below kernels/.
@@ -54,20 +57,27 @@ _FOLDERS: dict[str, str] = {
     "fake_quant_fp8": "quant",
     "pack_fp4": "quant",
     "quant_fp8_weight": "quant",
+    "quant_rows": "quant_rows",
+    "rms_norm_quant": "quant_rows",
+    "swiglu_quant": "quant_rows",
     "prepare_weight": "linear",
     "linear": "linear",
     "prepare_experts": "grouped_gemm",
     "expert_ffn": "grouped_gemm",
+    "linear_quant": "quant_gemm",
+    "expert_ffn_quant": "quant_gemm",
     "swiglu": "swiglu",
     "rms_norm": "rms_norm",
     "apply_rope": "rope",
     "q_norm_rope": "q_norm_rope",
     "kv_norm_rope": "kv_norm_rope",
+    "kv_insert": "kv_insert",
     "store_entries": "page_cache",
     "load_entries": "page_cache",
     "round_entries": "page_cache",
     "compressor_rows": "compress",
     "compress": "compress",
+    "compress_insert": "compress_insert",
     "index_query": "index_query",
     "index_score": "index_score",
     "topk_select": "topk",
@@ -78,12 +88,39 @@ _FOLDERS: dict[str, str] = {
     "hc_pre": "hc",
     "hc_post": "hc",
     "hc_head": "hc",
+    "hc_post_pre": "hc_post_pre",
     "moe_gate": "moe_gate",
+    "moe_permute": "moe_permute",
+    "moe_unpermute": "moe_permute",
     "gumbel_noise": "gumbel",
 }
 
+
+def _hopper(folder: str, why: str) -> tuple[Implementation, ...]:
+    """CUDA C++ for sm_90a."""
+    return (
+        Implementation(
+            name="cuda",
+            module=f"kernels.{folder}.cuda_impl",
+            device_types=("cuda",),
+            only_compute=(9, 0),
+            why=why,
+        ),
+    )
+
+
 # Op -> implementations preferred over the reference, best first.
-_FASTER: dict[str, tuple[Implementation, ...]] = {}
+_FASTER: dict[str, tuple[Implementation, ...]] = {
+    "quant_rows": _hopper("quant_rows", "one pass, codes and scales"),
+    "rms_norm_quant": _hopper("quant_rows", "one pass, norm and codes"),
+    "swiglu_quant": _hopper("quant_rows", "one pass, the hidden rows are not written"),
+    "prepare_weight": _hopper("linear", "keeps the checkpoint's bytes"),
+    "linear": _hopper("linear", "FP8 tensor cores; plain weights by cuBLAS"),
+    "prepare_experts": _hopper("grouped_gemm", "FP8 stacks; FP4 re-encoded where exact"),
+    "expert_ffn": _hopper("grouped_gemm", "two grouped FP8 products"),
+    "linear_quant": _hopper("quant_gemm", "FP8 tensor cores"),
+    "expert_ffn_quant": _hopper("quant_gemm", "two grouped FP8 products"),
+}
 
 
 @functools.cache

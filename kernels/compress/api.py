@@ -47,7 +47,12 @@ def compressor_rows(
     )
     want = (ape.shape[1], x.shape[1])
     for name, weight in (("wkv", wkv), ("wgate", wgate)):
-        check_tensor(f"compressor_rows: {name}", weight.matrix, shape=want, device=x.device)
+        got = (weight.out_features, weight.in_features)
+        if got != want or weight.device.type != x.device.type:
+            raise KernelContractError(
+                f"compressor_rows: {name}: expected shape {list(want)} on {x.device}, got"
+                f" {list(got)} on {weight.device}"
+            )
     result: Tensor = kernel("compressor_rows", x.device)(x, wkv, wgate, ape, positions)
     return result
 

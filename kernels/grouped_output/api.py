@@ -37,18 +37,17 @@ def grouped_output(
     )
     check_rope_inputs("grouped_output", o, positions, inv_freq)
     _, heads, dim = o.shape
-    rows = wo_a.matrix.shape[0]
+    rows = wo_a.out_features
     if num_groups < 1 or heads % num_groups or rows % num_groups:
         raise KernelContractError(
             f"grouped_output: num_groups {num_groups} must be >= 1 and divide {heads} heads"
             f" and {rows} rows of wo_a"
         )
-    check_tensor(
-        "grouped_output: wo_a",
-        wo_a.matrix,
-        shape=(rows, heads // num_groups * dim),
-        dtype=torch.float32,
-        device=o.device,
-    )
+    columns = heads // num_groups * dim
+    if wo_a.in_features != columns or wo_a.device.type != o.device.type:
+        raise KernelContractError(
+            f"grouped_output: wo_a: expected shape [{rows}, {columns}] on {o.device}, got"
+            f" [{rows}, {wo_a.in_features}] on {wo_a.device}"
+        )
     result: Tensor = kernel("grouped_output", o.device)(o, positions, inv_freq, wo_a, num_groups)
     return result

@@ -1,0 +1,91 @@
+"""CUDA: FP8 weights meet FP8 rows on the tensor cores; plain weights go to cuBLAS."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.linear import reference
+from kernels.linear.api import PreparedWeight, WeightKind
+from kernels.linear.device_weight import Fp8Weight, PlainWeight
+from kernels.linear.reencode import fp8_from_fp4
+from kernels.quant_gemm.api import linear_quant
+from kernels.quant_rows.api import quant_rows
+from kernels.weight import BlockWeight
+
+_FLOATS = (torch.float32, torch.bfloat16)
+
+
+def prepare_weight(weight: BlockWeight) -> PreparedWeight:
+    """See ``kernels.linear.api.prepare_weight``.
+
+    FP8 and plain weights are kept as they are (no copy). FP4 becomes FP8 where that loses nothing,
+    and dequantised float32 where it would.
+    """
+    data, scale = weight.data, weight.scale
+    made: Fp8Weight | PlainWeight | None = None
+    if scale is None:
+        made = PlainWeight(data=data, row_offset=weight.row_offset, col_offset=weight.col_offset)
+    elif data.dtype == torch.float8_e4m3fn:
+        made = Fp8Weight(
+            data=data,
+            scale=scale,
+            kind=WeightKind.FP8,
+            row_offset=weight.row_offset,
+            col_offset=weight.col_offset,
+        )
+    elif weight.row_offset == 0 and weight.col_offset == 0:
+        codes = fp8_from_fp4(data, scale)
+        if codes is not None:
+            made = Fp8Weight(data=codes[0], scale=codes[1], kind=WeightKind.FP4)
+    if made is None:
+        return reference.prepare_weight(weight)
+    return cast("PreparedWeight", made)  # the same interface, other storage
+
+
+def linear(
+    x: Tensor,
+    w: PreparedWeight,
+    *,
+    quantize: bool,
+    amax: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """See ``kernels.linear.api.linear``.
+
+    Rows times an FP8 weight are batch-invariant; products with plain weights are cuBLAS's, whose
+    choice of kernel, and so of summation order, depends on the number of rows.
+    """
+    weight: object = w  # one of the classes that prepare_weight made
+    dtype = x.dtype if out_dtype is None else out_dtype
+    known = x.dtype in _FLOATS and dtype in _FLOATS
+    if known and quantize and isinstance(weight, Fp8Weight):
+        flat = x.reshape(-1, x.shape[-1])
+        peaks = None if amax is None else amax.reshape(-1, amax.shape[-1])
+        rows = quant_rows(flat, amax=peaks, col_offset=w.col_offset)
+        out = linear_quant(rows, w, out_dtype=dtype)
+        return out.view(*x.shape[:-1], w.out_features)
+    if known and isinstance(weight, PlainWeight) and x.numel() and weight.data.numel():
+        flat = x.reshape(-1, x.shape[-1])
+        return _plain(flat, weight.data).to(dtype).view(*x.shape[:-1], w.out_features)
+    return reference.linear(x, w, quantize=quantize, amax=amax, out_dtype=out_dtype)
+
+
+def _plain(x: Tensor, w: Tensor) -> Tensor:
+    """Float32 ``x w^T``, accumulated in float32 without TF32."""
+    if w.dtype == torch.float32:
+        return F.linear(x.float(), w)
+    if x.dtype == torch.bfloat16:
+        return torch.mm(x, w.t(), out_dtype=torch.float32)
+    # A float32 value is the sum of three bfloat16 values: three exact products on the tensor cores.
+    # One product of stacked rows reads the weight once.
+    high = x.bfloat16()
+    rest = x - high.float()
+    middle = rest.bfloat16()
+    low = (rest - middle.float()).bfloat16()
+    parts = torch.mm(torch.cat((high, middle, low)), w.t(), out_dtype=torch.float32)
+    first, second, third = parts.chunk(3)
+    return first + (second + third)

@@ -1,0 +1,145 @@
+"""Weights as the GPU keeps them: the checkpoint's own bytes, views of rows and columns included.
+
+Both classes offer what ``PreparedWeight`` offers to the readers of a prepared weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.contract import KernelContractError
+from kernels.linear.api import BLOCK, WeightKind
+from kernels.quant.api import dequant_fp8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fp8Weight:
+    """An FP8 weight, or an FP4 one re-encoded without loss.
+
+    Args:
+        data: e4m3 [n, k].
+        scale: E8M0 bytes of the 128x128 blocks that the slice touches.
+        kind: the checkpoint's format.
+        row_offset: rows of the first block before ``data``, 0..127.
+        col_offset: likewise for columns; activation blocks are aligned by it.
+    """
+
+    data: Tensor
+    scale: Tensor
+    kind: WeightKind
+    row_offset: int = 0
+    col_offset: int = 0
+
+    @property
+    def out_features(self) -> int:
+        """Rows, n."""
+        return self.data.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Columns, k."""
+        return self.data.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self.data.device
+
+    @property
+    def matrix(self) -> Tensor:
+        """The float32 values [n, k], made anew at each call."""
+        return dequant_fp8(self.data, self.scale, self.row_offset, self.col_offset)
+
+    def rows(self, start: int, stop: int) -> Fp8Weight:
+        """The rows ``start:stop`` as a view; no copy."""
+        _check_range("rows", start, stop, self.out_features)
+        first = self.row_offset + start
+        last = -(-(self.row_offset + stop) // BLOCK)
+        return Fp8Weight(
+            data=self.data[start:stop],
+            scale=self.scale[first // BLOCK : last],
+            kind=self.kind,
+            row_offset=first % BLOCK,
+            col_offset=self.col_offset,
+        )
+
+    def cols(self, start: int, stop: int) -> Fp8Weight:
+        """The columns ``start:stop`` as a view; no copy. Activation blocks stay where they were."""
+        _check_range("cols", start, stop, self.in_features)
+        first = self.col_offset + start
+        last = -(-(self.col_offset + stop) // BLOCK)
+        return Fp8Weight(
+            data=self.data[:, start:stop],
+            scale=self.scale[:, first // BLOCK : last],
+            kind=self.kind,
+            row_offset=self.row_offset,
+            col_offset=first % BLOCK,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlainWeight:
+    """A bfloat16 or float32 weight in its own dtype.
+
+    Args:
+        data: [n, k].
+        row_offset: kept for ``rows`` and ``cols``, as in ``PreparedWeight``; means nothing here.
+        col_offset: likewise.
+    """
+
+    data: Tensor
+    row_offset: int = 0
+    col_offset: int = 0
+
+    @property
+    def kind(self) -> WeightKind:
+        """Always ``PLAIN``."""
+        return WeightKind.PLAIN
+
+    @property
+    def matrix(self) -> Tensor:
+        """The values [n, k] in the checkpoint's dtype."""
+        return self.data
+
+    @property
+    def out_features(self) -> int:
+        """Rows, n."""
+        return self.data.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Columns, k."""
+        return self.data.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self.data.device
+
+    def rows(self, start: int, stop: int) -> PlainWeight:
+        """The rows ``start:stop`` as a view; no copy."""
+        _check_range("rows", start, stop, self.out_features)
+        return PlainWeight(
+            data=self.data[start:stop],
+            row_offset=(self.row_offset + start) % BLOCK,
+            col_offset=self.col_offset,
+        )
+
+    def cols(self, start: int, stop: int) -> PlainWeight:
+        """The columns ``start:stop`` as a view; no copy."""
+        _check_range("cols", start, stop, self.in_features)
+        return PlainWeight(
+            data=self.data[:, start:stop],
+            row_offset=self.row_offset,
+            col_offset=(self.col_offset + start) % BLOCK,
+        )
+
+
+def _check_range(name: str, start: int, stop: int, size: int) -> None:
+    if not 0 <= start <= stop <= size:
+        raise KernelContractError(
+            f"PreparedWeight.{name}: expected 0 <= start <= stop <= {size}, got {start}:{stop}"
+        )

@@ -1,0 +1,56 @@
+"""Which tile of ``cuda/gemm_shapes.h`` serves a product. Every choice gives the same bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One compiled tile.
+
+    Args:
+        index: its index in ``gemm_shapes.h``.
+        rows: rows of the tile.
+        columns: columns of the tile.
+        step_us: measured time that a tile spends on 128 columns of K on an H200.
+    """
+
+    index: int
+    rows: int
+    columns: int
+    step_us: float
+
+
+TILES = (
+    Tile(0, 16, 16, 0.173),
+    Tile(1, 16, 32, 0.185),
+    Tile(2, 16, 64, 0.200),
+    Tile(3, 16, 128, 0.250),
+    Tile(4, 64, 16, 0.167),
+    Tile(5, 64, 32, 0.175),
+    Tile(6, 64, 64, 0.203),
+    Tile(7, 64, 128, 0.248),
+    Tile(8, 128, 32, 0.230),
+    Tile(9, 128, 64, 0.280),
+    Tile(10, 128, 128, 0.373),
+)
+_GROUPED = {16: TILES[3], 64: TILES[7], 128: TILES[10]}
+
+
+def choose(rows: int, columns: int, multiprocessors: int) -> Tile:
+    """The tile for one weight: the one whose waves over the machine take the least time."""
+
+    def cost(tile: Tile) -> tuple[float, int]:
+        tiles = -(-rows // tile.rows) * -(-columns // tile.columns)
+        return -(-tiles // multiprocessors) * tile.step_us, -tile.columns
+
+    # A tile with many rows beyond the last is slow: the copy engine fills them with zeros one by one.
+    heights = (16,) if rows <= 16 else (64,) if rows <= 64 else (64, 128)
+    return min((tile for tile in TILES if tile.rows in heights), key=cost)
+
+
+def choose_grouped(rows: int, groups: int) -> Tile:
+    """The tile for many weights, by the mean number of rows of one."""
+    mean = rows / groups
+    return _GROUPED[16 if mean <= 16 else 64 if mean <= 48 else 128]

@@ -1,0 +1,262 @@
+// Rows to FP8 (e4m3) with one power-of-two scale byte (E8M0) per row and 128 columns, alone or behind
+// the op that makes the rows: SwiGLU, RMSNorm. Half a warp owns a block of 128 columns, eight a lane.
+
+#include <cuda_runtime.h>
+
+#include "codes.cuh"
+
+namespace {
+
+using namespace causeway;
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+
+// Values of rows as they are.
+template <typename T>
+struct Plain {
+  static constexpr int kUnroll = 4;
+  using Loaded = Raw<T>;
+  const T* x;
+  int64_t stride;
+  const float* amax;  // [rows, blocks] block maxima to use instead of the rows' own, or null
+  int64_t amax_stride;
+
+  __device__ __forceinline__ Loaded load(int64_t row, int column, int k, bool wide) const {
+    return load8(x + row * stride, column, k, wide);
+  }
+  __device__ __forceinline__ void values(const Loaded& raw, int64_t, float (&v)[8]) const {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = raw[i];
+  }
+  __device__ __forceinline__ uint32_t peak(const float (&v)[8], int64_t row, int block, int blocks,
+                                           int lane) const {
+    if (amax == nullptr) return block_peak(v, lane);
+    return block < blocks ? __float_as_uint(amax[row * amax_stride + block]) & 0x7FFFFFFFu : 0u;
+  }
+};
+
+// (silu(min(g, limit)) * clamp(u, -limit, limit)) * weight, rounded to T.
+template <typename T>
+struct SwiGLU {
+  static constexpr int kUnroll = 2;
+  struct Loaded {
+    Raw<T> gate, up;
+  };
+  const T *g, *u;
+  int64_t g_stride, u_stride;
+  const float* weight;  // [rows] or null
+  float limit;
+
+  __device__ __forceinline__ Loaded load(int64_t row, int column, int k, bool wide) const {
+    return {load8(g + row * g_stride, column, k, wide), load8(u + row * u_stride, column, k, wide)};
+  }
+  __device__ __forceinline__ void values(const Loaded& raw, int64_t row, float (&v)[8]) const {
+    const float scale = weight == nullptr ? 1.0f : __ldg(weight + row);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      // Comparisons that keep NaN, which fminf and fmaxf would drop.
+      const float a = raw.gate[i] > limit ? limit : raw.gate[i];
+      const float b = raw.up[i] > limit ? limit : (raw.up[i] < -limit ? -limit : raw.up[i]);
+      // Without a weight the factor is 1, which changes nothing.
+      v[i] = to_float(from_float<T>(__fdividef(a, 1.0f + __expf(-a)) * b * scale));
+    }
+  }
+  __device__ __forceinline__ uint32_t peak(const float (&v)[8], int64_t, int, int, int lane) const {
+    return block_peak(v, lane);
+  }
+};
+
+// A kernel may start while the one before it in the stream still runs: nothing of the inputs may be read
+// before this, and the next kernel may not start earlier.
+__device__ __forceinline__ void await_inputs() {
+  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+}
+
+template <typename... Parameters, typename... Arguments>
+int start(void (*kernel)(Parameters...), int grid, cudaStream_t stream, Arguments... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(grid);
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+// A warp holds Unroll groups of 256 columns at once.
+template <typename Source, int Unroll>
+__global__ void __launch_bounds__(kThreads) rows_kernel(
+    const Source source, const Output out, const uint32_t items, const uint32_t chunks, const int k,
+    const int blocks, const int col_offset, const bool wide) {
+  await_inputs();
+  const uint32_t item = blockIdx.x * kWarps + threadIdx.x / 32;
+  if (item >= items) return;
+  const int lane = threadIdx.x % 32;
+  const int64_t row = item / chunks;
+  const int first = static_cast<int>(item % chunks) * (256 * Unroll) + lane * 8;
+  typename Source::Loaded raw[Unroll];
+#pragma unroll
+  for (int i = 0; i < Unroll; ++i) raw[i] = source.load(row, first + i * 256 - col_offset, k, wide);
+#pragma unroll
+  for (int i = 0; i < Unroll; ++i) {
+    const int at = first + i * 256, block = at / 128;
+    float v[8];
+    source.values(raw[i], row, v);
+    const uint32_t byte = scale_byte(source.peak(v, row, block, blocks, lane));
+    if (block < blocks) write8(v, byte, out, row, at - col_offset, block, k, lane, wide);
+  }
+}
+
+template <int Unroll, typename Source>
+int start_unrolled(const Source& source, const Output& out, int64_t rows, int k, int blocks,
+                   int col_offset, bool wide, cudaStream_t stream) {
+  const int64_t chunks = (blocks * 128 + 256 * Unroll - 1) / (256 * Unroll);
+  const int64_t items = rows * chunks;
+  if (items > INT32_MAX) return cudaErrorInvalidValue;
+  return start(rows_kernel<Source, Unroll>, static_cast<int>((items + kWarps - 1) / kWarps), stream,
+               source, out, static_cast<uint32_t>(items), static_cast<uint32_t>(chunks), k, blocks,
+               col_offset, wide);
+}
+
+// Few rows: many warps with little work each. Many rows: more loads in flight in every warp.
+template <typename Source>
+int start_rows(const Source& source, const Output& out, int64_t rows, int k, int col_offset, bool wide,
+               cudaStream_t stream) {
+  const int blocks = (col_offset + k + 127) / 128;
+  if (rows * k >= (1 << 20) && k % 1024 == 0) {
+    return start_unrolled<Source::kUnroll>(source, out, rows, k, blocks, col_offset, wide, stream);
+  }
+  return start_unrolled<1>(source, out, rows, k, blocks, col_offset, wide, stream);
+}
+
+// One block of threads a row; thread t holds columns 8 t .. of every 2048. The sum of squares is taken
+// in an order that only k decides.
+template <typename T, typename W, int Chunks>
+__global__ void __launch_bounds__(kThreads) norm_kernel(
+    const T* __restrict__ x, const int64_t x_stride, const W* __restrict__ weight, T* __restrict__ normed,
+    const int64_t normed_stride, const Output out, const int k, const float eps) {
+  await_inputs();
+  const int64_t row = blockIdx.x;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, blocks = (k + 127) / 128;
+  __shared__ float partial[kWarps];
+  float v[Chunks][8];
+  float sum = 0.0f;
+#pragma unroll
+  for (int c = 0; c < Chunks; ++c) {
+    const Raw<T> raw = load8(x + row * x_stride, c * 2048 + threadIdx.x * 8, k, true);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      v[c][i] = raw[i];
+      sum = fmaf(v[c][i], v[c][i], sum);
+    }
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
+  if (lane == 0) partial[warp] = sum;
+  __syncthreads();
+  float total = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) total += partial[i];
+  const float factor = rsqrtf(total / static_cast<float>(k) + eps);
+#pragma unroll
+  for (int c = 0; c < Chunks; ++c) {
+    const int column = c * 2048 + threadIdx.x * 8;
+    const Raw<W> scale = load8(weight, column, k, true);
+    alignas(16) T rounded[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      rounded[i] = from_float<T>(v[c][i] * factor * scale[i]);
+      v[c][i] = to_float(rounded[i]);
+    }
+    if (column < k) {
+      uint4* target = reinterpret_cast<uint4*>(normed + row * normed_stride + column);
+#pragma unroll
+      for (int i = 0; i < static_cast<int>(sizeof(T)) / 2; ++i) {
+        target[i] = reinterpret_cast<const uint4*>(rounded)[i];
+      }
+    }
+    const uint32_t byte = scale_byte(block_peak(v[c], lane));
+    if (column / 128 < blocks) write8(v[c], byte, out, row, column, column / 128, k, lane, true);
+  }
+}
+
+template <typename T, typename W>
+int start_norm(const void* x, int64_t x_stride, const void* weight, void* normed, int64_t normed_stride,
+               const Output& out, int64_t rows, int k, float eps, cudaStream_t stream) {
+  const T* rows_in = static_cast<const T*>(x);
+  const W* factors = static_cast<const W*>(weight);
+  T* target = static_cast<T*>(normed);
+  const int grid = static_cast<int>(rows);
+  switch ((k + 2047) / 2048) {
+    case 1:
+      return start(norm_kernel<T, W, 1>, grid, stream, rows_in, x_stride, factors, target,
+                   normed_stride, out, k, eps);
+    case 2:
+      return start(norm_kernel<T, W, 2>, grid, stream, rows_in, x_stride, factors, target,
+                   normed_stride, out, k, eps);
+    case 3:
+    case 4:
+      return start(norm_kernel<T, W, 4>, grid, stream, rows_in, x_stride, factors, target,
+                   normed_stride, out, k, eps);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace
+
+// Strides in elements; q and scale strides in bytes. `wide`: every row starts on 16 bytes, k is a
+// multiple of 8 and col_offset is 0. Each entry returns a cudaError_t.
+extern "C" int causeway_quant_rows(
+    const void* x, int x_is_float, int64_t x_stride, const float* amax, int64_t amax_stride, void* q,
+    int64_t q_stride, void* scale, int64_t scale_stride, int64_t rows, int k, int col_offset, int wide,
+    void* stream) {
+  const Output out{static_cast<uint8_t*>(q), static_cast<uint8_t*>(scale), q_stride, scale_stride};
+  const cudaStream_t s = static_cast<cudaStream_t>(stream);
+  if (x_is_float) {
+    const Plain<float> source{static_cast<const float*>(x), x_stride, amax, amax_stride};
+    return start_rows(source, out, rows, k, col_offset, wide != 0, s);
+  }
+  const Plain<__nv_bfloat16> source{static_cast<const __nv_bfloat16*>(x), x_stride, amax, amax_stride};
+  return start_rows(source, out, rows, k, col_offset, wide != 0, s);
+}
+
+extern "C" int causeway_swiglu_quant(
+    const void* g, const void* u, int is_float, int64_t g_stride, int64_t u_stride,
+    const float* row_weight, float limit, void* q, int64_t q_stride, void* scale, int64_t scale_stride,
+    int64_t rows, int k, int wide, void* stream) {
+  const Output out{static_cast<uint8_t*>(q), static_cast<uint8_t*>(scale), q_stride, scale_stride};
+  const cudaStream_t s = static_cast<cudaStream_t>(stream);
+  if (is_float) {
+    const SwiGLU<float> source{static_cast<const float*>(g), static_cast<const float*>(u), g_stride,
+                               u_stride, row_weight, limit};
+    return start_rows(source, out, rows, k, 0, wide != 0, s);
+  }
+  const SwiGLU<__nv_bfloat16> source{static_cast<const __nv_bfloat16*>(g),
+                                     static_cast<const __nv_bfloat16*>(u), g_stride, u_stride,
+                                     row_weight, limit};
+  return start_rows(source, out, rows, k, 0, wide != 0, s);
+}
+
+// x, weight and normed start every row on 16 bytes; k is a multiple of 8 and at most 8192.
+extern "C" int causeway_rms_norm_quant(
+    const void* x, int x_is_float, int64_t x_stride, const void* weight, int weight_is_float, float eps,
+    void* normed, int64_t normed_stride, void* q, int64_t q_stride, void* scale, int64_t scale_stride,
+    int64_t rows, int k, void* stream) {
+  const Output out{static_cast<uint8_t*>(q), static_cast<uint8_t*>(scale), q_stride, scale_stride};
+  const cudaStream_t s = static_cast<cudaStream_t>(stream);
+  if (x_is_float) {
+    return weight_is_float ? start_norm<float, float>(x, x_stride, weight, normed, normed_stride, out,
+                                                      rows, k, eps, s)
+                           : start_norm<float, __nv_bfloat16>(x, x_stride, weight, normed,
+                                                              normed_stride, out, rows, k, eps, s);
+  }
+  return weight_is_float ? start_norm<__nv_bfloat16, float>(x, x_stride, weight, normed, normed_stride,
+                                                            out, rows, k, eps, s)
+                         : start_norm<__nv_bfloat16, __nv_bfloat16>(
+                               x, x_stride, weight, normed, normed_stride, out, rows, k, eps, s);
+}
