@@ -212,3 +212,16 @@ def evaluate(
         RetrievalScore(length=length, distance=distance, correct=correct, total=total)
         for (length, distance), (correct, total) in sorted(counts.items())
     ]
+
+
+def total(rounds: Sequence[Sequence[RetrievalScore]]) -> list[RetrievalScore]:
+    """The scores of several rounds over the same prompts, added up."""
+    return [
+        RetrievalScore(
+            length=cells[0].length,
+            distance=cells[0].distance,
+            correct=sum(cell.correct for cell in cells),
+            total=sum(cell.total for cell in cells),
+        )
+        for cells in zip(*rounds, strict=True)
+    ]

@@ -31,6 +31,7 @@ from cluster.retrieval import (
     evaluate,
     grid,
     program_text,
+    total,
 )
 from cluster.retrieval_plot import plot_scores
 from cluster.sequence import FinishReason
@@ -55,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens from the fact's value to the answer",
     )
     retrieval.add_argument("--num", type=int, default=4, metavar="N", help="prompts of each kind")
+    retrieval.add_argument(
+        "--repeat", type=int, default=1, metavar="N", help="ask again: later rounds hit the cache"
+    )
     retrieval.add_argument("--facts", type=int, default=24, metavar="N", help="facts in a prompt")
     retrieval.add_argument("--seed", type=int, default=0)
     retrieval.add_argument(
@@ -68,8 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; 1 if a request ended in an error."""
-    if args.num < 1 or args.facts < 1:
-        raise InputError(f"--num {args.num} and --facts {args.facts}: both must be at least 1")
+    for name in ("num", "facts", "repeat"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} {getattr(args, name)}: must be at least 1")
     served = prepare(config_from(args))
     _check_lengths(args.lengths, served)
     prompts = list(grid(_builder(args, served), args.lengths, args.distances, args.num))
@@ -81,10 +86,13 @@ def run(args: argparse.Namespace) -> int:
     with running_engine(served) as engine:
         began = time.monotonic()
         asked = _Asker(engine)
-        scores = evaluate(prompts, asked)
+        rounds = [evaluate(prompts, asked) for _ in range(args.repeat)]
         say(f"{time.monotonic() - began:.1f} s")
+        if engine.stats.prefix_hits:
+            say(f"{engine.stats.prefix_hits} prompt tokens came from the prefix cache")
         if engine.stats.drafts_proposed:
             say(f"MTP acceptance {engine.stats.acceptance:.3f}")
+    scores = total(rounds)
     _print(scores)
     _save(scores, args.output, served)
     return EXIT_FAILURE if asked.failed else EXIT_OK

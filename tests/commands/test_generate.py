@@ -87,7 +87,12 @@ def test_without_a_tokenizer_text_is_null(
     ("cp", "tp", "lengths", "settings"),
     [
         (2, 1, (639, 2048), ["parallel.kv_shard=cp", "speculative.mtp=1"]),
-        (2, 2, (641,), ["parallel.cp_gather=kv_bf16", "scheduler.max_batched_tokens=300"]),
+        (
+            2,
+            2,
+            (641,),
+            ["--repeat=2", "parallel.cp_gather=kv_bf16", "scheduler.max_batched_tokens=300"],
+        ),
         (4, 1, (642,), ["scheduler.max_batched_tokens=777"]),
     ],
     ids=["cp2-shard-mtp", "cp2tp2-chunked", "cp4-chunked"],
@@ -107,13 +112,34 @@ def test_retrieval_is_perfect(
         *("--set", f"parallel.cp={cp}", "--set", f"parallel.tp={tp}"),
     ]
     for setting in settings:
-        argv += ["--set", setting]
+        argv += [setting] if setting.startswith("--") else ["--set", setting]
     assert main(argv) == 0
-    out = capsys.readouterr().out
-    assert "100%" in out
+    captured = capsys.readouterr()
+    assert "100%" in captured.out
+    rounds = 2 if "--repeat=2" in settings else 1
+    assert ("came from the prefix cache" in captured.err) == (rounds == 2)
     record = json.loads((tmp_path / "out" / "retrieval.json").read_text())
     scores = record["scores"]
     assert {s["length"] for s in scores} == set(lengths)
     assert [s for s in scores if s["correct"] != s["total"]] == []
-    assert sum(s["total"] for s in scores) == sum(4 if n > 1900 else 3 for n in lengths)
+    assert sum(s["total"] for s in scores) == rounds * sum(4 if n > 1900 else 3 for n in lengths)
     assert (tmp_path / "out" / "retrieval.png").stat().st_size > 1000
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("cp", "tp"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)])
+@pytest.mark.parametrize("chunk", [1024, 517])
+def test_retrieval_on_every_mesh(cp: int, tp: int, chunk: int, tmp_path: Path) -> None:
+    """All distances at every residue mod 4 and around 128k, cold and after prefix hits, with MTP."""
+    argv = [
+        *("eval", "retrieval", *COMMON, "--output", str(tmp_path / "out")),
+        *("--lengths", "1919,1920,1921,2046", "--num", "1", "--repeat", "2"),
+        *("--set", f"parallel.cp={cp}", "--set", f"parallel.tp={tp}"),
+        *("--set", f"scheduler.max_batched_tokens={chunk}", "--set", "speculative.mtp=1"),
+        *("--set", "kv_cache.num_blocks=1024"),
+    ]
+    assert main(argv) == 0
+    scores = json.loads((tmp_path / "out" / "retrieval.json").read_text())["scores"]
+    assert [s for s in scores if s["correct"] != s["total"]] == []
+    assert sum(s["total"] for s in scores) == 2 * 28
