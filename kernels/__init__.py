@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # the same exports, for type checkers and editors
     from kernels.hc_post_pre.api import hc_post_pre as hc_post_pre
     from kernels.index_query.api import index_query as index_query
     from kernels.index_score.api import index_score as index_score
+    from kernels.index_topk.api import index_topk as index_topk
     from kernels.kv_insert.api import kv_insert as kv_insert
     from kernels.kv_norm_rope.api import kv_norm_rope as kv_norm_rope
     from kernels.linear.api import (
@@ -131,6 +132,7 @@ _EXPORTS: dict[str, str] = {
     "compress_insert": "kernels.compress_insert.api",
     "index_query": "kernels.index_query.api",
     "index_score": "kernels.index_score.api",
+    "index_topk": "kernels.index_topk.api",
     "topk_merge": "kernels.topk.api",
     "topk_select": "kernels.topk.api",
     "EntryPages": "kernels.sparse_attention.api",

@@ -88,6 +88,7 @@ def _build(units: list[Path], target: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise BuildError(f"{' '.join(command)} failed:\n{done.stderr.strip()}")
+        os.chmod(scratch, 0o755)  # mkstemp made it private
         os.replace(scratch, target)
     finally:
         if os.path.exists(scratch):

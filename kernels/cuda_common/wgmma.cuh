@@ -16,6 +16,9 @@ __device__ __forceinline__ uint64_t desc_mn_major(uint32_t smem, uint32_t stride
          (1ull << 62);
 }
 
+// The same operand `bytes` further on.
+__device__ __forceinline__ uint64_t desc_advance(uint64_t desc, uint32_t bytes) { return desc + (bytes >> 4); }
+
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");

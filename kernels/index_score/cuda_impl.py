@@ -1,0 +1,124 @@
+"""``index_score`` on fp8 tensor cores: bfloat16 queries, 64 heads of 128 values, fp8 pages.
+
+Other shapes and dtypes run the torch twin.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels.index_score import reference
+from kernels.nvcc import check_launch, load_library, pointer, stream
+from kernels.page_layout import CacheDtype, PageLayout
+
+_SOURCE = Path(__file__).parent / "cuda" / "index_score.cu"
+_HEADS, _DIM = 64, 128
+_STRIDE = 256  # columns; the row stride is a multiple of it
+_DECODE_ROWS = 32  # up to here a block takes one row, up to the next limit 4, then 8
+_SMALL_ROWS = 1024
+_BLOCKS_PER_PROCESSOR = 8  # blocks of a long prefill; causal rows make them uneven
+
+
+def build() -> None:
+    """Compile what this module runs (at start, before the first request)."""
+    load_library(_SOURCE)
+
+
+def supports(q: Tensor, layout: PageLayout) -> bool:
+    """Whether the kernel serves this shape and dtype."""
+    return (
+        q.dtype is torch.bfloat16
+        and tuple(q.shape[1:]) == (_HEADS, _DIM)
+        and layout.dtype is CacheDtype.FP8
+    )
+
+
+def index_score(
+    q: Tensor,
+    w: Tensor,
+    pool: Tensor,
+    layout: PageLayout,
+    block_table: Tensor,
+    row_seq: Tensor,
+    num_entries: Tensor,
+) -> Tensor:
+    """See ``kernels.index_score.api.index_score``. Reads the width back: one host synchronisation."""
+    if not supports(q, layout):
+        return reference.index_score(q, w, pool, layout, block_table, row_seq, num_entries)
+    rows = q.shape[0]
+    width = max(0, int(num_entries.max())) if rows else 0
+    stride = (width // _STRIDE + 1) * _STRIDE
+    buffer = torch.empty(rows, stride, dtype=torch.float32, device=q.device)
+    buffer[:, width:].fill_(float("inf"))  # poison, see the contract
+    scores = buffer[:, :width]
+    score_into(scores, q, w, pool, layout, block_table, row_seq, num_entries, fill=True)
+    return scores
+
+
+def score_into(
+    out: Tensor,
+    q: Tensor,
+    w: Tensor,
+    pool: Tensor,
+    layout: PageLayout,
+    block_table: Tensor,
+    row_seq: Tensor,
+    num_entries: Tensor,
+    *,
+    fill: bool,
+) -> None:
+    """Write the scores of all visible entries to ``out`` [T, width]; no host synchronisation.
+
+    Args:
+        out: float32 [T, width], any row stride.
+        fill: write -inf to the columns a row does not see; else they stay as they are.
+    """
+    rows, width = out.shape
+    if rows == 0 or width == 0:
+        return
+    if q.data_ptr() % 16 or q.stride(0) % 8 or q.stride(1) % 8:
+        q = q.contiguous()
+    tile = 1 if rows <= _DECODE_ROWS else 4 if rows <= _SMALL_ROWS else 8
+    code = load_library(_SOURCE).causeway_index_score(
+        pointer(q),
+        ctypes.c_int64(q.stride(0)),
+        ctypes.c_int64(q.stride(1)),
+        pointer(w),
+        ctypes.c_int64(w.stride(0)),
+        pointer(pool),
+        ctypes.c_int64(pool.stride(0)),
+        ctypes.c_int(layout.entries_per_page),
+        pointer(block_table),
+        ctypes.c_int64(block_table.stride(0)),
+        pointer(row_seq),
+        pointer(num_entries),
+        pointer(out),
+        ctypes.c_int64(out.stride(0)),
+        ctypes.c_int(rows),
+        ctypes.c_int(width),
+        ctypes.c_int(fill),
+        ctypes.c_int(tile),
+        ctypes.c_int(_parts(-(-rows // tile), width, q.device.index or 0)),
+        stream(q),
+    )
+    check_launch("index_score", code)
+
+
+def _parts(tiles: int, width: int, device: int) -> int:
+    """Blocks that share the entries of one tile of rows."""
+    processors = _processors(device)
+    most = -(-width // 192)  # 3 warpgroups of 64 entries
+    wanted = (
+        processors // tiles if tiles < processors else _BLOCKS_PER_PROCESSOR * processors // tiles
+    )
+    return max(1, min(most, wanted))
+
+
+@functools.cache
+def _processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,1 @@
+"""Index scores and their top-k in one step."""

@@ -1,0 +1,76 @@
+"""``index_topk``: the entries each query wants most, without handing out the scores."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.contract import KernelContractError, check_tensor
+from kernels.dispatch import kernel
+from kernels.page_cache.api import check_pool
+from kernels.page_layout import EntryKind, PageLayout
+
+
+def index_topk(
+    q: Tensor,
+    w: Tensor,
+    pool: Tensor,
+    layout: PageLayout,
+    block_table: Tensor,
+    row_seq: Tensor,
+    num_entries: Tensor,
+    k: int,
+) -> Tensor:
+    """``topk_select(index_score(...), k)``, where the GPU needs no host synchronisation.
+
+    The scores stay inside, in slices of rows; their width is the block table's capacity, so nothing
+    has to be read back. The result depends on each row alone.
+
+    Args:
+        q: float32 or bfloat16 [T, h, di].
+        w: float32 [T, h].
+        pool: uint8 [P, layout.page_bytes] of index entries.
+        layout: page layout of ``pool`` (kind INDEX, head_dim di).
+        block_table: int32 [S, B]; -1 = page not here, its entries are never chosen.
+        row_seq: int64 [T], sequence of each row; -1 = none, nothing is chosen.
+        num_entries: int64 [T], entries a row may see.
+        k: any number >= 0.
+
+    Returns:
+        int32 [T, k]: chosen entries, ascending, -1 last; ties go to the smaller entry.
+
+    Raises:
+        KernelContractError: wrong shape, dtype, device or layout; negative k.
+    """
+    tokens, heads, dim = q.shape if q.dim() == 3 else (None, None, None)
+    check_tensor(
+        "index_topk: q",
+        q,
+        shape=(tokens, heads, dim),
+        dtype=(torch.float32, torch.bfloat16, torch.float64),
+    )
+    wide = torch.float64 if q.dtype is torch.float64 else torch.float32
+    check_tensor("index_topk: w", w, shape=(tokens, heads), dtype=wide, device=q.device)
+    if layout.kind is not EntryKind.INDEX or layout.head_dim != dim:
+        raise KernelContractError(
+            f"index_topk: layout holds {layout.kind.value} entries of {layout.head_dim} values,"
+            f" expected index entries of {dim}"
+        )
+    check_pool("index_topk", pool, layout, q.device)
+    check_tensor(
+        "index_topk: block_table",
+        block_table,
+        shape=(None, None),
+        dtype=torch.int32,
+        device=q.device,
+    )
+    for name, per_row in (("row_seq", row_seq), ("num_entries", num_entries)):
+        check_tensor(
+            f"index_topk: {name}", per_row, shape=(tokens,), dtype=torch.int64, device=q.device
+        )
+    if k < 0:
+        raise KernelContractError(f"index_topk: k = {k}, allowed: 0 and above")
+    result: Tensor = kernel("index_topk", q.device)(
+        q, w, pool, layout, block_table, row_seq, num_entries, k
+    )
+    return result
