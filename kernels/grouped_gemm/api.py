@@ -35,7 +35,11 @@ class PreparedExperts:
 
 
 def prepare_experts(
-    w1: Sequence[BlockWeight], w3: Sequence[BlockWeight], w2: Sequence[BlockWeight]
+    w1: Sequence[BlockWeight],
+    w3: Sequence[BlockWeight],
+    w2: Sequence[BlockWeight],
+    *,
+    keep_fp4: bool = False,
 ) -> PreparedExperts:
     """Bring the experts' weights into the form that ``expert_ffn`` reads.
 
@@ -43,6 +47,8 @@ def prepare_experts(
         w1: gate weights [I, D] in checkpoint format, one per local expert.
         w3: up weights [I, D].
         w2: down weights [D, I].
+        keep_fp4: on a GPU, keep FP4 experts packed: half the memory of FP8, and each call expands the
+            experts that have rows. The results have the same bits. The torch twin keeps no packed form.
 
     Raises:
         KernelContractError: no expert, lists of different lengths, shapes that do not fit, or a list
@@ -61,7 +67,7 @@ def prepare_experts(
                 f" {sorted(map(str, formats))}"
             )
     device = w1[0].data.device
-    out: PreparedExperts = kernel("prepare_experts", device)(w1, w3, w2)
+    out: PreparedExperts = kernel("prepare_experts", device)(w1, w3, w2, keep_fp4=keep_fp4)
     for expert in range(out.num_experts):
         for name, weight, shape in (
             ("w1", out.w1[expert], (out.intermediate_size, out.hidden_size)),

@@ -10,19 +10,24 @@ from torch import Tensor
 
 from kernels.grouped_gemm import reference
 from kernels.grouped_gemm.api import PreparedExperts
-from kernels.grouped_gemm.device_experts import Fp8Experts
-from kernels.linear.api import BLOCK, PreparedWeight, WeightKind, prepare_weight
-from kernels.linear.device_weight import Fp8Weight
+from kernels.grouped_gemm.device_experts import Fp4Experts, Fp8Experts
+from kernels.linear.api import BLOCK, PreparedWeight, prepare_weight
+from kernels.linear.device_weight import Fp4Weight, Fp8Weight
 from kernels.quant_gemm.api import expert_ffn_quant
 from kernels.quant_rows.api import quant_rows
 from kernels.weight import BlockWeight
 
 _ALIGN = 16  # columns of a weight that the copy engine can walk
+_SUB_BLOCK = 32  # columns of an FP4 scale
 _FLOATS = (torch.float32, torch.bfloat16)
 
 
 def prepare_experts(
-    w1: Sequence[BlockWeight], w3: Sequence[BlockWeight], w2: Sequence[BlockWeight]
+    w1: Sequence[BlockWeight],
+    w3: Sequence[BlockWeight],
+    w2: Sequence[BlockWeight],
+    *,
+    keep_fp4: bool = False,
 ) -> PreparedExperts:
     """See ``kernels.grouped_gemm.api.prepare_experts``.
 
@@ -33,33 +38,17 @@ def prepare_experts(
     inner, hidden = w1[0].data.shape[0], w2[0].data.shape[0]
     if inner % _ALIGN or hidden % _ALIGN or not inner or not hidden:
         return reference.prepare_experts(w1, w3, w2)
-    stacks: _Stacks | None = None
-    weights: tuple[list[Fp8Weight], list[Fp8Weight], list[Fp8Weight]] = ([], [], [])
+    packed = keep_fp4 and all(w.data.dtype == torch.int8 for w in (*w1, *w3, *w2))
+    stacks = _Stacks(len(w1), inner, hidden, packed, w1[0].data.device)
+    views: list[tuple[PreparedWeight, ...]] = []
     for expert, parts in enumerate(zip(w1, w3, w2, strict=True)):
         made = [prepare_weight(part) for part in parts]
-        if not all(_fits(m, inner, hidden, i == 2) for i, m in enumerate(made)):
+        codes = [m for i, m in enumerate(made) if _fits(m, inner, hidden, i == 2)]
+        if len(codes) != len(made):
             return reference.prepare_experts(w1, w3, w2)
-        if stacks is None:
-            stacks = _Stacks(len(w1), inner, hidden, w1[0].data.device)
-        views = stacks.put(expert, *(cast("Fp8Weight", m) for m in made))
-        for kept, view in zip(weights, views, strict=True):
-            kept.append(view)
-    if stacks is None:
-        return reference.prepare_experts(w1, w3, w2)
-    gate, up, down = (cast("tuple[PreparedWeight, ...]", tuple(kept)) for kept in weights)
-    return Fp8Experts(
-        w1=gate,
-        w3=up,
-        w2=down,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        device=w1[0].data.device,
-        w13=stacks.w13,
-        w13_scale=stacks.w13_scale,
-        w2_data=stacks.w2,
-        w2_scale=stacks.w2_scale,
-        up_row=stacks.up_row,
-    )
+        views.append(stacks.put(expert, cast("list[Fp8Weight]", codes), parts))
+    gate, up, down = zip(*views, strict=True)
+    return stacks.experts(gate, up, down)
 
 
 def expert_ffn(
@@ -73,9 +62,9 @@ def expert_ffn(
 ) -> Tensor:
     """See ``kernels.grouped_gemm.api.expert_ffn``.
 
-    The stacked form never reads ``offsets`` on the host, so it does not check them either.
+    The stacked forms never read ``offsets`` on the host, so they do not check them either.
     """
-    if quantize and isinstance(experts, Fp8Experts) and rows.dtype in _FLOATS:
+    if quantize and isinstance(experts, Fp8Experts | Fp4Experts) and rows.dtype in _FLOATS:
         return expert_ffn_quant(
             quant_rows(rows), offsets, row_weight, experts, limit=limit, out_dtype=rows.dtype
         )
@@ -95,35 +84,86 @@ def _fits(weight: object, inner: int, hidden: int, down: bool) -> bool:
 class _Stacks:
     """The tensors being filled, expert by expert."""
 
-    def __init__(self, experts: int, inner: int, hidden: int, device: torch.device) -> None:
-        self.inner, self.hidden = inner, hidden
+    def __init__(
+        self, experts: int, inner: int, hidden: int, packed: bool, device: torch.device
+    ) -> None:
+        self.inner, self.hidden, self.packed, self.device = inner, hidden, packed, device
         self.up_row = -(-inner // BLOCK) * BLOCK
         lines, columns = self.up_row // BLOCK, -(-hidden // BLOCK)
 
-        def codes(n: int, k: int) -> Tensor:
+        def stack(n: int, k: int) -> Tensor:
             return torch.zeros(experts, n, k, dtype=torch.uint8, device=device)
 
-        self.w13 = codes(2 * self.up_row, hidden).view(torch.float8_e4m3fn)
-        self.w13_scale = codes(2 * lines, columns)
-        self.w2 = codes(hidden, inner).view(torch.float8_e4m3fn)
-        self.w2_scale = codes(columns, lines)
+        dtype, per_byte = (torch.int8, 2) if packed else (torch.float8_e4m3fn, 1)
+        self.w13 = stack(2 * self.up_row, hidden // per_byte).view(dtype)
+        self.w2 = stack(hidden, inner // per_byte).view(dtype)
+        self.w13_scale, self.w2_scale = stack(2 * lines, columns), stack(columns, lines)
+        if packed:
+            self.w13_sub = stack(2 * self.up_row, hidden // _SUB_BLOCK)
+            self.w2_sub = stack(hidden, inner // _SUB_BLOCK)
 
     def put(
-        self, expert: int, gate: Fp8Weight, up: Fp8Weight, down: Fp8Weight
-    ) -> tuple[Fp8Weight, Fp8Weight, Fp8Weight]:
-        """Copy one expert in; its three weights as views of the stacks."""
+        self, expert: int, codes: Sequence[Fp8Weight], given: Sequence[BlockWeight]
+    ) -> tuple[PreparedWeight, ...]:
+        """Copy one expert in; its gate, up and down weights as views of the stacks."""
         lines, second = self.up_row // BLOCK, self.up_row
-        data, scale = self.w13[expert], self.w13_scale[expert]
-        views = (
-            _view(data[: self.inner], scale[:lines], gate.kind),
-            _view(data[second : second + self.inner], scale[lines:], up.kind),
-            _view(self.w2[expert], self.w2_scale[expert], down.kind),
+        upper, lower = slice(0, self.inner), slice(second, second + self.inner)
+        w13, w13_scale = self.w13[expert], self.w13_scale[expert]
+        places = (
+            (w13[upper], w13_scale[:lines]),
+            (w13[lower], w13_scale[lines:]),
+            (self.w2[expert], self.w2_scale[expert]),
         )
-        for view, weight in zip(views, (gate, up, down), strict=True):
-            view.data.copy_(weight.data)
-            view.scale.copy_(weight.scale)
-        return views
+        views: list[Fp8Weight | Fp4Weight] = []
+        for i, ((data, scale), weight, source) in enumerate(zip(places, codes, given, strict=True)):
+            scale.copy_(weight.scale)
+            if self.packed and source.scale is not None:
+                sub = (
+                    self.w13_sub[expert][upper],
+                    self.w13_sub[expert][lower],
+                    self.w2_sub[expert],
+                )
+                data.copy_(source.data)
+                sub[i].copy_(source.scale)
+                views.append(Fp4Weight(data=data, scale=sub[i]))
+            else:
+                data.copy_(weight.data)
+                views.append(Fp8Weight(data=data, scale=scale, kind=weight.kind))
+        return cast("tuple[PreparedWeight, ...]", tuple(views))
 
-
-def _view(data: Tensor, scale: Tensor, kind: WeightKind) -> Fp8Weight:
-    return Fp8Weight(data=data, scale=scale, kind=kind)
+    def experts(
+        self,
+        gate: tuple[PreparedWeight, ...],
+        up: tuple[PreparedWeight, ...],
+        down: tuple[PreparedWeight, ...],
+    ) -> Fp8Experts | Fp4Experts:
+        """The filled stacks."""
+        if self.packed:
+            return Fp4Experts(
+                w1=gate,
+                w3=up,
+                w2=down,
+                hidden_size=self.hidden,
+                intermediate_size=self.inner,
+                device=self.device,
+                w13=self.w13,
+                w13_sub=self.w13_sub,
+                w13_scale=self.w13_scale,
+                w2_data=self.w2,
+                w2_sub=self.w2_sub,
+                w2_scale=self.w2_scale,
+                up_row=self.up_row,
+            )
+        return Fp8Experts(
+            w1=gate,
+            w3=up,
+            w2=down,
+            hidden_size=self.hidden,
+            intermediate_size=self.inner,
+            device=self.device,
+            w13=self.w13,
+            w13_scale=self.w13_scale,
+            w2_data=self.w2,
+            w2_scale=self.w2_scale,
+            up_row=self.up_row,
+        )

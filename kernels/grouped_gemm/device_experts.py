@@ -1,4 +1,4 @@
-"""Experts as the GPU keeps them: two FP8 stacks, gate and up fused."""
+"""Experts as the GPU keeps them: two stacks, gate and up fused, in FP8 or in packed FP4."""
 
 from __future__ import annotations
 
@@ -24,5 +24,28 @@ class Fp8Experts(PreparedExperts):
     w13: Tensor
     w13_scale: Tensor
     w2_data: Tensor
+    w2_scale: Tensor
+    up_row: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fp4Experts(PreparedExperts):
+    """``PreparedExperts`` in FP4, with the scales of the FP8 form that every call expands into.
+
+    Args:
+        w13: packed int8 [E, up_row + I padded to 128, D / 2], rows as in ``Fp8Experts``.
+        w13_sub: E8M0 bytes of its 1x32 blocks.
+        w13_scale: E8M0 bytes of the 128x128 blocks of the FP8 form.
+        w2_data: packed int8 [E, D, I / 2].
+        w2_sub: E8M0 bytes of its 1x32 blocks.
+        w2_scale: E8M0 bytes of the 128x128 blocks of the FP8 form.
+        up_row: I padded to 128.
+    """
+
+    w13: Tensor
+    w13_sub: Tensor
+    w13_scale: Tensor
+    w2_data: Tensor
+    w2_sub: Tensor
     w2_scale: Tensor
     up_row: int

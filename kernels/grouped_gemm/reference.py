@@ -17,9 +17,14 @@ from kernels.weight import BlockWeight
 
 
 def prepare_experts(
-    w1: Sequence[BlockWeight], w3: Sequence[BlockWeight], w2: Sequence[BlockWeight]
+    w1: Sequence[BlockWeight],
+    w3: Sequence[BlockWeight],
+    w2: Sequence[BlockWeight],
+    *,
+    keep_fp4: bool = False,
 ) -> PreparedExperts:
-    """See ``kernels.grouped_gemm.api.prepare_experts``."""
+    """See ``kernels.grouped_gemm.api.prepare_experts``. ``keep_fp4`` changes nothing here."""
+    del keep_fp4
     gates = tuple(prepare_weight(w) for w in w1)
     return PreparedExperts(
         w1=gates,

@@ -1,6 +1,6 @@
 """Weights as the GPU keeps them: the checkpoint's own bytes, views of rows and columns included.
 
-Both classes offer what ``PreparedWeight`` offers to the readers of a prepared weight.
+The classes offer what ``PreparedWeight`` offers to the readers of a prepared weight.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.contract import KernelContractError
 from kernels.linear.api import BLOCK, WeightKind
-from kernels.quant.api import dequant_fp8
+from kernels.quant.api import dequant_fp4, dequant_fp8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +135,69 @@ class PlainWeight:
             data=self.data[:, start:stop],
             row_offset=self.row_offset,
             col_offset=(self.col_offset + start) % BLOCK,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fp4Weight:
+    """A packed FP4 weight; ``linear`` dequantises it at every call, grouped products expand it.
+
+    Args:
+        data: int8 [n, k / 2], the even column in the low nibble.
+        scale: E8M0 bytes [n, k / 32].
+    """
+
+    data: Tensor
+    scale: Tensor
+
+    @property
+    def kind(self) -> WeightKind:
+        """Always ``FP4``."""
+        return WeightKind.FP4
+
+    @property
+    def row_offset(self) -> int:
+        """Always 0: no block spans rows."""
+        return 0
+
+    @property
+    def col_offset(self) -> int:
+        """Always 0: columns are not sliced."""
+        return 0
+
+    @property
+    def matrix(self) -> Tensor:
+        """The float32 values [n, k], made anew at each call."""
+        return dequant_fp4(self.data, self.scale)
+
+    @property
+    def out_features(self) -> int:
+        """Rows, n."""
+        return self.data.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Columns, k."""
+        return 2 * self.data.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self.data.device
+
+    def rows(self, start: int, stop: int) -> Fp4Weight:
+        """The rows ``start:stop`` as a view; no copy."""
+        _check_range("rows", start, stop, self.out_features)
+        return Fp4Weight(data=self.data[start:stop], scale=self.scale[start:stop])
+
+    def cols(self, start: int, stop: int) -> Fp4Weight:
+        """Not offered.
+
+        Raises:
+            KernelContractError: always; experts are never cut by columns.
+        """
+        raise KernelContractError(
+            f"PreparedWeight.cols: a packed FP4 weight is not cut by columns, asked for {start}:{stop}"
         )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels import nvcc
 from kernels.contract import KernelContractError
 from kernels.grouped_gemm.api import PreparedExperts
-from kernels.grouped_gemm.device_experts import Fp8Experts
+from kernels.grouped_gemm.device_experts import Fp4Experts, Fp8Experts
 from kernels.linear.api import PreparedWeight
 from kernels.linear.device_weight import Fp8Weight
 from kernels.quant_gemm import reference, tuning
@@ -56,6 +56,7 @@ def _library() -> ctypes.CDLL:
         *(number, pointer, wide, pointer, wide, wide, wide),
         *(ctypes.POINTER(_Arguments), number, pointer),
     )
+    library.causeway_expand_fp4.argtypes = (*[pointer] * 5, *[number] * 5, pointer)
     return library
 
 
@@ -159,7 +160,7 @@ def expert_ffn_quant(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """See ``kernels.quant_gemm.api.expert_ffn_quant``."""
-    if not isinstance(experts, Fp8Experts):
+    if not isinstance(experts, Fp8Experts | Fp4Experts):
         return reference.expert_ffn_quant(
             rows, offsets, row_weight, experts, limit=limit, out_dtype=out_dtype
         )
@@ -170,10 +171,40 @@ def expert_ffn_quant(
     tile = tuning.choose_grouped(count, experts.num_experts)
     width, second = experts.intermediate_size, experts.up_row
     hidden = torch.empty(count, experts.w13.shape[1], dtype=out_dtype, device=rows.device)
-    multiply_grouped(tile, rows, experts.w13, experts.w13_scale, offsets, hidden)
+    w13 = experts.w13
+    if isinstance(experts, Fp4Experts):
+        w13 = expand_fp4(w13, experts.w13_sub, experts.w13_scale, offsets)
+    multiply_grouped(tile, rows, w13, experts.w13_scale, offsets, hidden)
     gate, up = hidden[:, :width], hidden[:, second : second + width]
     inner = swiglu_quant(gate, up, limit=limit, row_weight=row_weight)
-    multiply_grouped(tile, inner, experts.w2_data, experts.w2_scale, offsets, out)
+    w2 = experts.w2_data
+    if isinstance(experts, Fp4Experts):
+        w2 = expand_fp4(w2, experts.w2_sub, experts.w2_scale, offsets)
+    multiply_grouped(tile, inner, w2, experts.w2_scale, offsets, out)
+    return out
+
+
+def expand_fp4(packed: Tensor, sub: Tensor, scale: Tensor, offsets: Tensor | None) -> Tensor:
+    """FP4 weights [G, n, k / 2] as e4m3 [G, n, k] under the 128x128 scales ``scale``.
+
+    Groups without rows in ``offsets`` stay unwritten.
+    """
+    groups, n, half = packed.shape
+    out = torch.empty(groups, n, 2 * half, dtype=torch.float8_e4m3fn, device=packed.device)
+    code = _library().causeway_expand_fp4(
+        packed.data_ptr(),
+        sub.data_ptr(),
+        scale.data_ptr(),
+        out.data_ptr(),
+        None if offsets is None else offsets.data_ptr(),
+        groups,
+        n,
+        2 * half,
+        scale.shape[1],
+        scale.shape[2],
+        nvcc.stream(packed),
+    )
+    nvcc.check_launch("expert_ffn_quant", code)
     return out
 
 

@@ -188,6 +188,31 @@ def test_every_tile_gives_experts_the_same_bits() -> None:
         assert torch.equal(out[:, :128], want), tile
 
 
+@pytest.mark.parametrize(("hidden", "inner"), [(512, 256), (96, 160)])
+def test_packed_experts_have_the_bits_of_the_expanded(hidden: int, inner: int) -> None:
+    from kernels.grouped_gemm.device_experts import Fp4Experts, Fp8Experts
+    from kernels.quant_gemm import cuda_impl
+
+    parts = make_experts(fp4, 3, hidden, inner)
+    for weight in parts[0]:
+        weight.scale[::3] -= 4  # type: ignore[index]  # sub-scales that differ inside a block
+    wide, packed = prepare_experts(*parts), prepare_experts(*parts, keep_fp4=True)
+    assert isinstance(wide, Fp8Experts)
+    assert isinstance(packed, Fp4Experts)
+    codes = cuda_impl.expand_fp4(packed.w13, packed.w13_sub, packed.w13_scale, None)
+    assert torch.equal(codes.view(torch.uint8), wide.w13.view(torch.uint8))
+    for mine, other in zip(packed.w1 + packed.w2, wide.w1 + wide.w2, strict=True):
+        assert torch.equal(mine.matrix, other.matrix)
+    offsets = torch.tensor([0, 7, 7, 50], device="cuda")
+    rows = torch.randn(50, hidden, device="cuda", dtype=torch.bfloat16)
+    weight = torch.rand(50, device="cuda")
+    got, want = (
+        expert_ffn(rows, offsets, weight, experts, limit=10.0, quantize=True)
+        for experts in (packed, wide)
+    )
+    assert torch.equal(got, want)
+
+
 def test_fp4_that_fp8_cannot_hold_stays_exact() -> None:
     packed, scale = pack_fp4(torch.randn(64, 256, device="cuda"))
     scale[3, 1] += 30

@@ -90,7 +90,7 @@ def test_contract_errors() -> None:
     rows = quant_rows(torch.randn(2, 256))
     with pytest.raises(KernelContractError, match="linear_quant: w: expected an FP8 or FP4"):
         linear_quant(rows, plain, out_dtype=torch.float32)
-    with pytest.raises(KernelContractError, match="expected 128 columns at offset 0.*got 256"):
+    with pytest.raises(KernelContractError, match=r"expected 128 columns at offset 0.*got 256"):
         linear_quant(rows, w.cols(0, 128), out_dtype=torch.float32)
     with pytest.raises(KernelContractError, match="out_dtype"):
         linear_quant(rows, w, out_dtype=torch.float16)

@@ -25,7 +25,7 @@ struct Plain {
   __device__ __forceinline__ Loaded load(int64_t row, int column, int k, bool wide) const {
     return load8(x + row * stride, column, k, wide);
   }
-  __device__ __forceinline__ void values(const Loaded& raw, int64_t, float (&v)[8]) const {
+  __device__ __forceinline__ void values(const Loaded& raw, float (&v)[8]) const {
 #pragma unroll
     for (int i = 0; i < 8; ++i) v[i] = raw[i];
   }
@@ -42,6 +42,7 @@ struct SwiGLU {
   static constexpr int kUnroll = 2;
   struct Loaded {
     Raw<T> gate, up;
+    float factor;  // 1 without a weight, which changes nothing
   };
   const T *g, *u;
   int64_t g_stride, u_stride;
@@ -49,17 +50,16 @@ struct SwiGLU {
   float limit;
 
   __device__ __forceinline__ Loaded load(int64_t row, int column, int k, bool wide) const {
-    return {load8(g + row * g_stride, column, k, wide), load8(u + row * u_stride, column, k, wide)};
+    return {load8(g + row * g_stride, column, k, wide), load8(u + row * u_stride, column, k, wide),
+            weight == nullptr ? 1.0f : __ldg(weight + row)};
   }
-  __device__ __forceinline__ void values(const Loaded& raw, int64_t row, float (&v)[8]) const {
-    const float scale = weight == nullptr ? 1.0f : __ldg(weight + row);
+  __device__ __forceinline__ void values(const Loaded& raw, float (&v)[8]) const {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       // Comparisons that keep NaN, which fminf and fmaxf would drop.
       const float a = raw.gate[i] > limit ? limit : raw.gate[i];
       const float b = raw.up[i] > limit ? limit : (raw.up[i] < -limit ? -limit : raw.up[i]);
-      // Without a weight the factor is 1, which changes nothing.
-      v[i] = to_float(from_float<T>(__fdividef(a, 1.0f + __expf(-a)) * b * scale));
+      v[i] = to_float(from_float<T>(__fdividef(a, 1.0f + __expf(-a)) * b * raw.factor));
     }
   }
   __device__ __forceinline__ uint32_t peak(const float (&v)[8], int64_t, int, int, int lane) const {
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(
   for (int i = 0; i < Unroll; ++i) {
     const int at = first + i * 256, block = at / 128;
     float v[8];
-    source.values(raw[i], row, v);
+    source.values(raw[i], v);
     const uint32_t byte = scale_byte(source.peak(v, row, block, blocks, lane));
     if (block < blocks) write8(v, byte, out, row, at - col_offset, block, k, lane, wide);
   }
