@@ -1,7 +1,7 @@
 """FP8 products and quantised rows on one GPU: this project's kernels, and DeepGEMM where installed.
 
-``python benchmarks/gemm_cases.py [--library] [--json FILE]``. Times are those of one launch inside a
-CUDA graph that walks several copies of the weights, so that none is found in L2; random data.
+``PYTHONPATH=. python benchmarks/gemm_cases.py [--library] [--json FILE]``. Times are those of one launch
+inside a CUDA graph that walks several copies of the weights, so that none is found in L2; random data.
 """
 
 from __future__ import annotations
@@ -9,23 +9,27 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from kernels import QuantRows, quant_fp8_weight, quant_rows, rms_norm_quant, swiglu_quant
-from kernels.linear.api import WeightKind
+from benchmarks.gemm_common import (
+    COPY_TBPS,
+    FP8_TFLOPS,
+    ROTATE_BYTES,
+    Row,
+    graph_us,
+    make_weight,
+)
+from benchmarks.moe_cases import measure_experts
+from kernels import QuantRows, quant_rows, rms_norm_quant, swiglu_quant
 from kernels.linear.device_weight import Fp8Weight
 from kernels.quant_gemm import cuda_impl, tuning
 
-FP8_TFLOPS = 1580.0  # limit taken for this machine, see docs
-COPY_TBPS = 4.27
-ROTATE_BYTES = 400 << 20
 DENSE = {  # name: (n, k)
     "wq_a+wkv": (1536, 4096),
     "wq_b": (32768, 1024),
@@ -40,52 +44,6 @@ DENSE = {  # name: (n, k)
     "pro shared w2": (7168, 3072),
     "pro indexer wq_b": (8192, 1536),
 }
-EXPERTS = {"w1|w3": (64, 4096, 4096), "w2": (64, 4096, 2048)}  # name: (experts, n, k)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One measured figure, as benchmarks/results/*.json keeps it."""
-
-    op: str
-    shape: str
-    implementation: str
-    us: float
-    tflops: float | None
-    tbps: float | None
-    share_of_limit: float
-    library: str | None
-    library_us: float | None
-    hardware: str
-    date: str
-
-
-def graph_us(calls: list[Callable[[], object]], repeats: int = 7) -> float:
-    """Median microseconds of one call, all of them replayed as one graph."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    rounds = max(1, 16 // len(calls))
-    with torch.cuda.graph(graph):
-        for _ in range(rounds):
-            for call in calls:
-                call()
-    times = []
-    for _ in range(repeats):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) * 1e3 / (rounds * len(calls)))
-    return statistics.median(times[1:])
-
-
-def make_weight(n: int, k: int) -> Fp8Weight:
-    """A random weight in checkpoint format."""
-    data, scale = quant_fp8_weight(torch.randn(n, k, device="cuda") * 0.02)
-    return Fp8Weight(data=data, scale=scale, kind=WeightKind.FP8)
 
 
 def copies(w: Fp8Weight, rows: int) -> list[Fp8Weight]:
@@ -161,36 +119,6 @@ def dense_row(name: str, m: int, hardware: str, date: str, module: ModuleType | 
     )
 
 
-def grouped_row(name: str, counts: list[int], hardware: str, date: str) -> Row:
-    """Measure one grouped product; ``counts`` are the rows of each expert."""
-    experts, n, k = EXPERTS[name]
-    w = make_weight(experts * n, k)
-    data, scale = w.data.view(experts, n, k), w.scale.view(experts, n // 128, k // 128)
-    offsets = torch.tensor([0, *counts], device="cuda").cumsum(0)
-    total = sum(counts)
-    rows = quant_rows(torch.randn(total, k, device="cuda", dtype=torch.bfloat16))
-    out = torch.empty(total, n, device="cuda", dtype=torch.bfloat16)
-    tile = tuning.choose_grouped(total, experts)
-    call = lambda: cuda_impl.multiply_grouped(tile, rows, data, scale, offsets, out)  # noqa: E731
-    us = graph_us([call])
-    flops = 2.0 * total * n * k
-    size = n * k * sum(c > 0 for c in counts) + total * (k + 2 * n)
-    limit_us = max(flops / FP8_TFLOPS, size / COPY_TBPS) / 1e6
-    return Row(
-        op="expert_ffn_quant",
-        shape=f"{name} rows={total} experts={experts} N={n} K={k}",
-        implementation="cuda",
-        us=round(us, 2),
-        tflops=round(flops / us / 1e6, 1),
-        tbps=round(size / us / 1e6, 3),
-        share_of_limit=round(limit_us / us, 3),
-        library=None,
-        library_us=None,
-        hardware=hardware,
-        date=date,
-    )
-
-
 def rows_row(op: str, m: int, k: int, hardware: str, date: str) -> Row:
     """Measure one op that makes quantised rows."""
     count = max(1, min(16, ROTATE_BYTES // max(1, m * k * 4)))
@@ -227,13 +155,6 @@ def rows_row(op: str, m: int, k: int, hardware: str, date: str) -> Row:
     )
 
 
-def decode_counts(tokens: int) -> list[int]:
-    """Rows of 64 local experts of 256 when ``tokens`` tokens choose six each."""
-    generator = torch.Generator().manual_seed(7)
-    chosen = torch.rand(tokens, 256, generator=generator).topk(6).indices.flatten()
-    return torch.bincount(chosen, minlength=256)[:64].tolist()
-
-
 def measure(module: ModuleType | None, hardware: str, date: str) -> list[Row]:
     """Every case."""
     made = [
@@ -243,14 +164,7 @@ def measure(module: ModuleType | None, hardware: str, date: str) -> list[Row]:
         for name in DENSE
         for m in (1, 16, 128, 1024, 4096)
     ]
-    generator = torch.Generator().manual_seed(3)
-    loads = torch.rand(64, generator=generator) + 0.5
-    prefill = (loads / loads.sum() * 49152).long().tolist()
-    prefill[0] += 49152 - sum(prefill)
-    for name in EXPERTS:
-        made.append(grouped_row(name, prefill, hardware, date))
-        made.append(grouped_row(name, [1 + i % 12 for i in range(64)], hardware, date))
-        made += [grouped_row(name, decode_counts(t), hardware, date) for t in (8, 32, 128)]
+    made += measure_experts(hardware, date)
     for op in ("quant_rows", "rms_norm_quant", "swiglu_quant"):
         made += [
             rows_row(op, m, 2048 if op == "swiglu_quant" else 4096, hardware, date)
