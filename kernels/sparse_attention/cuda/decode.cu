@@ -90,9 +90,11 @@ __device__ __forceinline__ void locate_key(DecodeSmem& s, const DecodeArgs& a, i
   s.offset[group][i] = offset;
 }
 
-// Decodes this warpgroup's tile; all pages' reads are under way before the first is used.
+// Decodes this warpgroup's tile; all pages' reads are under way before the first is used, and
+// meanwhile() runs between the two.
+template <typename Meanwhile>
 __device__ __forceinline__ void load_tile(const DecodeSmem& s, const DecodeArgs& a, uint32_t tile, int first,
-                                          int group) {
+                                          int group, Meanwhile meanwhile) {
   int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3, q = lane & 3;
   auto store = [&](int r, int column, uint4 v) {
     store_shared(tile + (column >> 6) * kKeySubtile + r * 128 + ((((column >> 3) & 7) ^ (r & 7)) << 4), v);
@@ -100,6 +102,7 @@ __device__ __forceinline__ void load_tile(const DecodeSmem& s, const DecodeArgs&
   bool plain = a.window > 0 && (a.ring.format != kFp8 || !is_aligned(a.ring));
   plain |= a.entries.pages.pool && (a.entries.pages.format != kFp8 || !is_aligned(a.entries.pages));
   if (plain) {
+    meanwhile();
     for (int r = 8 * warp + (lane >> 2); r < kTileKeys; r += 32) {
       int page = s.page[group][r];
       const Pages& p = first + group * kTileKeys + r < a.window ? a.ring : a.entries.pages;
@@ -123,6 +126,7 @@ __device__ __forceinline__ void load_tile(const DecodeSmem& s, const DecodeArgs&
       quarters[u].load(p, p.pool + (int64_t)page * p.stride, s.offset[group][r], q, true);
     }
   }
+  meanwhile();
 #pragma unroll
   for (int u = 0; u < 3; ++u) {
     int r = 32 * u + 8 * warp + (lane >> 2);
@@ -141,6 +145,8 @@ __device__ __forceinline__ bool attend_chunk(DecodeSmem& s, const DecodeArgs& a,
   uint32_t q = smem_address(s.q), keys = smem_address(s.keys);
   uint32_t own = keys + group * kTileBytes, other = keys + (1 - group) * kTileBytes;
   int in_group = threadIdx.x & 127, at = first + group * kTileKeys + in_group, limit;
+  cudaGridDependencySynchronize();  // launched early: the inputs are there from here on
+  cudaTriggerProgrammaticLaunchCompletion();
   int64_t seq, key = in_group < kTileKeys ? listed_key(a, row, at) : -1;
   visible = visible_keys(a, row, seq, limit);
   if (first > 0 && first >= visible) return false;
@@ -158,10 +164,13 @@ __device__ __forceinline__ bool attend_chunk(DecodeSmem& s, const DecodeArgs& a,
   }
   if (in_group < kTileKeys) locate_key(s, a, seq, limit, at, key, group, in_group);
   named_barrier(1 + group, 128);
-  load_tile(s, a, own, first, group);
-  copies_wait_all();
+  load_tile(s, a, own, first, group, [] {
+    copies_wait_all();  // the queries
+    fence_async_proxy();
+    __syncthreads();
+  });
   fence_async_proxy();
-  __syncthreads();
+  named_barrier(1 + group, 128);  // a warpgroup may be ahead of the other
 
   float z[40];
   fence_regs(z);
@@ -271,38 +280,40 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const DecodeArgs a)
 
 // Merges the chunks of a row, 64 threads per head, 8 columns each, chunks in order. Launched early: it
 // waits for the partial results itself (programmatic launch).
-__global__ void __launch_bounds__(128) merge_chunks_kernel(const DecodeArgs a) {
-  constexpr int kBatch = 4;  // chunks whose loads are under way at once
-  int64_t place = (int64_t)blockIdx.x * 2 + threadIdx.x / 64, seq;
-  if (place >= (int64_t)a.rows * a.heads) return;
-  int64_t row = place / a.heads;
-  int head = (int)(place % a.heads), limit, column = threadIdx.x % 64;
+__global__ void __launch_bounds__(64) merge_chunks_kernel(const DecodeArgs a) {
+  constexpr int kBatch = 8;  // chunks whose loads are under way at once
+  extern __shared__ float2 stats[];  // maximum and sum of each chunk
+  cudaGridDependencySynchronize();
+  int64_t row = blockIdx.x / a.heads, seq;
+  int head = blockIdx.x % a.heads, limit, column = threadIdx.x;
   int tiles = (a.heads + kHeadTile - 1) / kHeadTile, r = head % kHeadTile;
   int chunks = min((visible_keys(a, row, seq, limit) + kChunk - 1) / kChunk, a.chunks);
   if (chunks <= 1) return;  // finished by its only block
   int64_t block = (row * tiles + head / kHeadTile) * a.chunks;
-  const float* stats = a.stats + block * 2 * kHeadTile + r;
   const uint4* partial = reinterpret_cast<const uint4*>(a.partial + (block * kHeadTile + r) * kDim) + column;
-  cudaGridDependencySynchronize();
-  float top = kNegInf, total = 0.0f, sum[8] = {};
-#pragma unroll 8
-  for (int c = 0; c < chunks; ++c) top = fmaxf(top, __ldcg(stats + c * 2 * kHeadTile));
-  for (int first = 0; first < chunks; first += kBatch) {
-    uint4 v[kBatch];
-    float m[kBatch], l[kBatch];
+  uint4 v[kBatch];
+  auto load = [&](int first) {
 #pragma unroll
     for (int c = 0; c < kBatch; ++c) {
-      m[c] = kNegInf, l[c] = 0.0f, v[c] = make_uint4(0, 0, 0, 0);
-      if (first + c < chunks) {
-        m[c] = __ldcg(stats + (first + c) * 2 * kHeadTile);
-        l[c] = __ldcg(stats + ((first + c) * 2 + 1) * kHeadTile);
-        v[c] = __ldcg(partial + (int64_t)(first + c) * kHeadTile * kDim / 8);
-      }
+      if (first + c < chunks) v[c] = __ldcg(partial + (int64_t)(first + c) * kHeadTile * kDim / 8);
     }
+  };
+  load(0);
+  for (int c = threadIdx.x; c < chunks; c += 64) {
+    const float* from = a.stats + (block + c) * 2 * kHeadTile + r;
+    stats[c] = make_float2(__ldcg(from), __ldcg(from + kHeadTile));
+  }
+  __syncthreads();
+  float top = kNegInf, total = 0.0f, sum[8] = {};
+  for (int c = 0; c < chunks; ++c) top = fmaxf(top, stats[c].x);
+  for (int first = 0; first < chunks; first += kBatch) {
+    if (first > 0) load(first);
 #pragma unroll
     for (int c = 0; c < kBatch; ++c) {
-      float weight = m[c] == kNegInf ? 0.0f : exp2_fast(m[c] - top);
-      total = fmaf(weight, l[c], total);
+      if (first + c >= chunks) break;
+      float2 own = stats[first + c];
+      float weight = own.x == kNegInf ? 0.0f : exp2_fast(own.x - top);
+      total = fmaf(weight, own.y, total);
       const uint32_t words[4] = {v[c].x, v[c].y, v[c].z, v[c].w};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -314,7 +325,7 @@ __global__ void __launch_bounds__(128) merge_chunks_kernel(const DecodeArgs a) {
   float factor = finish(a, row, head, top, total, column == 0);
   uint4 packed = make_uint4(pack_bf16(sum[0] * factor, sum[1] * factor), pack_bf16(sum[2] * factor, sum[3] * factor),
                             pack_bf16(sum[4] * factor, sum[5] * factor), pack_bf16(sum[6] * factor, sum[7] * factor));
-  reinterpret_cast<uint4*>(a.o + place * kDim)[column] = packed;
+  reinterpret_cast<uint4*>(a.o + (row * a.heads + head) * kDim)[column] = packed;
 }
 
 }  // namespace causeway
@@ -358,17 +369,20 @@ extern "C" int causeway_attend_decode(const void* q, int64_t q_row, int64_t q_he
       cudaFuncSetAttribute(decode_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return (int)error;
   int64_t tiles = (heads + kHeadTile - 1) / kHeadTile;
-  decode_kernel<<<(unsigned)(rows * tiles * chunks), kThreads, bytes, stream>>>(a);
-  error = cudaGetLastError();
-  if (error != cudaSuccess || chunks == 1) return (int)error;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((unsigned)(((int64_t)rows * heads + 1) / 2));
-  config.blockDim = dim3(128);
+  config.gridDim = dim3((unsigned)(rows * tiles * chunks));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = bytes;
   config.stream = stream;
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &attribute;
   config.numAttrs = 1;
+  error = cudaLaunchKernelEx(&config, decode_kernel, a);
+  if (error != cudaSuccess || chunks == 1) return (int)error;
+  config.gridDim = dim3((unsigned)(rows * heads));
+  config.blockDim = dim3(64);
+  config.dynamicSmemBytes = chunks * sizeof(float2);
   return (int)cudaLaunchKernelEx(&config, merge_chunks_kernel, a);
 }
