@@ -16,6 +16,7 @@ from kernels import (
     topk_select,
 )
 from kernels.index_topk import reference
+from tests.kernels.oracle64 import report
 
 LAYOUT = PageLayout(
     kind=EntryKind.INDEX, dtype=CacheDtype.FP8, head_dim=32, rope_dim=0, entries_per_page=4
@@ -58,3 +59,12 @@ def test_contract() -> None:
         index_topk(q, w, pool, LAYOUT, table, row_seq[:3], num, 2)
     with pytest.raises(KernelContractError, match="index entries of 16"):
         index_topk(q[..., :16], w, pool, LAYOUT, table, row_seq, num, 2)
+
+
+@pytest.mark.benchmark
+def test_benchmark() -> None:
+    q, w, pool, table, row_seq, num = inputs(256)
+    report(
+        "index_topk 256 rows of 16, k 8",
+        lambda: index_topk(q, w, pool, LAYOUT, table, row_seq, num, 8),
+    )
