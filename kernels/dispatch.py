@@ -174,3 +174,15 @@ def kernel(op: str, device: torch.device) -> Callable[..., Any]:
 def describe(device: torch.device) -> list[tuple[str, str, str]]:
     """``(op, implementation, why)`` for every op on ``device``, in table order."""
     return [(op, choice.name, choice.why) for op, choice in table(device).items()]
+
+
+def build(device: torch.device) -> None:
+    """Compile what the chosen implementations need (their modules' ``build``), before serving.
+
+    Raises:
+        BuildError: a source that the compiler refuses, or no compiler.
+    """
+    for module in sorted({choice.module for choice in table(device).values()}):
+        compile_now = getattr(importlib.import_module(module), "build", None)
+        if compile_now is not None:
+            compile_now()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from kernels import CacheDtype, Numerics
+from kernels.dispatch import build
 from kernels.platform import resolve_device, use_device
 from model.cache_spec import CacheSpec
 from model.checkpoint.loader import load_weights
@@ -144,7 +145,8 @@ class Worker:
         )
 
     def warm_up(self) -> None:
-        """Wait until every rank is here: the torch references compile nothing."""
+        """Compile the ops' kernels, then wait until every rank is here."""
+        build(self.device)
         self._need_mesh().world.barrier()
 
     @torch.inference_mode()
@@ -171,6 +173,11 @@ class Worker:
             seconds=time.perf_counter() - begin,
         )
 
+    @property
+    def vocab_size(self) -> int:
+        """Token ids of the loaded model."""
+        return self._need_model().config.vocab_size
+
     def close(self) -> None:
         """Leave the process groups and drop the tensors."""
         self._runner = self._pool = self._model = None
@@ -183,7 +190,7 @@ class Worker:
 
     def _need_model(self) -> DeepSeekV4:
         if self._model is None:
-            raise RuntimeError("load comes before init_cache")
+            raise RuntimeError("load comes first")
         return self._model
 
 

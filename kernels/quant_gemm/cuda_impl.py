@@ -65,7 +65,7 @@ def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def prepare() -> None:
+def build() -> None:
     """Compile now what a first call would compile."""
     _library()
 

@@ -41,7 +41,7 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def prepare() -> None:
+def build() -> None:
     """Compile now what a first call would compile."""
     _library()
 
