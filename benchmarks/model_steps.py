@@ -31,7 +31,18 @@ from worker.protocol import DecodeSlice, PrefillSlice, SamplingParams, SlotInit,
 from worker.rendezvous import serve_store
 from worker.worker import Worker
 
-CONTEXT = 8192  # tokens before the decode steps that are timed
+
+def synchronize() -> None:
+    """Wait for the device; the CPU (``--device cpu``, to try the script) has nothing to wait for."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def allocated_gb(peak: bool) -> float:
+    """GB of tensors on this rank's GPU, now or at most so far."""
+    if not torch.cuda.is_available():
+        return 0.0
+    return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 1e9
 
 
 class Steps:
@@ -69,10 +80,10 @@ class Steps:
         return self._run(StepPlan(step_id=self.step, phase="decode", decode=rows))
 
     def _run(self, plan: StepPlan) -> float:
-        torch.cuda.synchronize()
+        synchronize()
         begin = time.perf_counter()
         self.worker.execute(plan)
-        torch.cuda.synchronize()
+        synchronize()
         self.step += 1
         return time.perf_counter() - begin
 
@@ -81,7 +92,7 @@ def run_rank(rank: int, args: argparse.Namespace, init_method: str) -> None:
     """One rank's process."""
     config = WorkerConfig(
         model=ModelSource(shape=args.shape, load_format="random", max_model_len=args.max_len),
-        device="cuda",
+        device=args.device,
         parallel=ParallelConfig(cp=args.cp, tp=args.tp, cp_gather=args.gather),
         kv_cache=KVCacheConfig(num_blocks=args.blocks),
         scheduler=SchedulerConfig(max_num_seqs=max(args.decode), prefix_cache=False),
@@ -91,7 +102,7 @@ def run_rank(rank: int, args: argparse.Namespace, init_method: str) -> None:
     phases: dict[str, float] = {}
 
     def timed(name: str, begin: float) -> None:
-        torch.cuda.synchronize()
+        synchronize()
         phases[name] = time.perf_counter() - begin
         if rank == 0:
             print(f"{name} {phases[name]:.1f} s", flush=True)
@@ -110,7 +121,7 @@ def run_rank(rank: int, args: argparse.Namespace, init_method: str) -> None:
         print(
             f"weights {info.weight_bytes / 1e9:.1f} GB in checkpoint form, caches"
             f" {info.allocated_bytes / 1e9:.1f} GB, allocated"
-            f" {torch.cuda.memory_allocated() / 1e9:.1f} GB",
+            f" {allocated_gb(peak=False):.1f} GB",
             flush=True,
         )
     steps = Steps(worker, config.kv_cache.block_size)
@@ -120,21 +131,17 @@ def run_rank(rank: int, args: argparse.Namespace, init_method: str) -> None:
         row = {"phase": phase, "size": size, "ms": 1e3 * statistics.median(seconds)}
         results.append(row)
         if rank == 0:
-            peak = torch.cuda.max_memory_allocated() / 1e9
+            peak = allocated_gb(peak=True)
             print(f"{phase} {size}: {row['ms']:.2f} ms (peak {peak:.1f} GB)", flush=True)
 
     for tokens in args.prefill:
         steps.prefill(0, tokens)
         report("prefill", tokens, [steps.prefill(0, tokens) for _ in range(args.repeat)])
-    for slot in range(max(args.decode)):
-        steps.prefill(slot, CONTEXT)
-    position = CONTEXT
+    position = args.context
     for batch in args.decode:
-        # Slots beyond the batch stay behind; a slot's position must match, so all are rebuilt.
-        for slot in range(batch if position > CONTEXT else 0):
-            steps.prefill(slot, CONTEXT)
-        position = CONTEXT
-        times = []
+        for slot in range(batch):
+            steps.prefill(slot, args.context)
+        position, times = args.context, []
         for _ in range(args.repeat + 3):
             times.append(steps.decode(batch, position))
             position += 1
@@ -156,17 +163,19 @@ def profile(rank: int, steps: Steps, position: int, args: argparse.Namespace) ->
         with torch.profiler.profile() as recorded:
             call()
         if rank == 0:
-            table = recorded.key_averages().table(
-                sort_by="self_cuda_time_total", row_limit=22, max_name_column_width=60
-            )
-            kept = [line[:62] + line[-75:] for line in table.splitlines()]
-            print(name, *kept, sep="\n", flush=True)
+            events = sorted(recorded.key_averages(), key=lambda e: -e.self_device_time_total)
+            total = sum(e.self_device_time_total for e in events)
+            print(f"{name}: {total / 1e3:.2f} ms of device time on rank 0", flush=True)
+            for event in events[:24]:
+                milliseconds = event.self_device_time_total / 1e3
+                print(f"  {milliseconds:9.3f} ms {event.count:6d} x {event.key[:84]}", flush=True)
 
 
 def main() -> None:
     """Parse arguments, start the ranks, wait."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="flash", help="flash, pro or a config.json")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--cp", type=int, default=4)
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--gather", default="compressed", choices=("compressed", "kv_bf16"))
@@ -174,6 +183,7 @@ def main() -> None:
     parser.add_argument("--decode", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--max-len", type=int, default=1 << 17)
     parser.add_argument("--blocks", type=int, default=2048)
+    parser.add_argument("--context", type=int, default=8192, help="tokens before decode steps")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--output", default="")
