@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     retrieval.add_argument(
         "--repeat", type=int, default=1, metavar="N", help="ask again: later rounds hit the cache"
     )
-    retrieval.add_argument("--facts", type=int, default=24, metavar="N", help="facts in a prompt")
+    retrieval.add_argument("--facts", type=int, default=48, metavar="N", help="facts in a prompt")
     retrieval.add_argument("--seed", type=int, default=0)
     retrieval.add_argument(
         "--words", type=Path, metavar="FILE", help="words.json; default: the checkpoint's own"
