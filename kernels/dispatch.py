@@ -122,7 +122,9 @@ _FASTER: dict[str, tuple[Implementation, ...]] = {
     "linear_quant": _hopper("quant_gemm", "FP8 tensor cores"),
     "expert_ffn_quant": _hopper("quant_gemm", "two grouped FP8 products"),
     "index_score": _hopper("index_score", "FP8 tensor cores; bf16 q of 64 x 128, else the twin"),
-    "index_topk": _hopper("index_topk", "scores stay on the GPU; bf16 q of 64 x 128, else the twin"),
+    "index_topk": _hopper(
+        "index_topk", "scores stay on the GPU; bf16 q of 64 x 128, else the twin"
+    ),
     "topk_select": _hopper("topk", "one pass over f32 rows; f64 runs the twin"),
     "topk_merge": _hopper("topk", "f32, up to 8192 candidates; else the twin"),
     "sparse_attention": _hopper("sparse_attention", "BF16 tensor cores; bf16 q, d 512, else twin"),
