@@ -1,0 +1,1 @@
+"""Compressed entries pooled and written into their pages at once."""

@@ -1,0 +1,1 @@
+"""The boundary between two sub-layers: streams mixed, then collapsed, at once."""

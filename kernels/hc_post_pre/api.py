@@ -1,0 +1,66 @@
+"""``hc_post_pre``: ``hc_post`` of one sub-layer and ``hc_pre`` of the next in one op."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.contract import KernelContractError, check_tensor
+from kernels.dispatch import kernel
+
+_FLOATS = (torch.float32, torch.bfloat16)
+
+
+def hc_post_pre(
+    a: Tensor,
+    x: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    *,
+    iters: int,
+    eps: float,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``streams = hc_post(a, x, post, comb)``, then ``hc_pre(streams, fn, scale, base)``.
+
+    Args:
+        a: the finished sub-layer's output [T, D], same dtype as ``x``.
+        x: its streams [T, R, D] float32 or bfloat16.
+        post: float32 [T, R] of its ``hc_pre``.
+        comb: float32 [T, R, R] of its ``hc_pre``, [source, destination].
+        fn: float32 [(2 + R) * R, R * D] of the next sub-layer.
+        scale: float32 [3].
+        base: float32 [(2 + R) * R].
+        iters: column normalisations, >= 1.
+        eps: ``hc_eps``.
+        norm_eps: ``rms_norm_eps``.
+
+    Returns:
+        ``(streams, out, post, comb)``: new streams [T, R, D] and the next input [T, D] in ``x.dtype``,
+        and the next float32 [T, R] and [T, R, R].
+
+    Raises:
+        KernelContractError: wrong shape, dtype or device, or ``iters`` < 1.
+    """
+    check_tensor("hc_post_pre: x", x, shape=(None, None, None), dtype=_FLOATS)
+    tokens, r, dim = x.shape
+    mixes = (2 + r) * r
+    single = torch.float32
+    for name, tensor, shape, dtype in (
+        ("a", a, (tokens, dim), x.dtype),
+        ("post", post, (tokens, r), single),
+        ("comb", comb, (tokens, r, r), single),
+        ("fn", fn, (mixes, r * dim), single),
+        ("scale", scale, (3,), single),
+        ("base", base, (mixes,), single),
+    ):
+        check_tensor(f"hc_post_pre: {name}", tensor, shape=shape, dtype=dtype, device=x.device)
+    if iters < 1:
+        raise KernelContractError(f"hc_post_pre: iters: expected >= 1, got {iters}")
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = kernel("hc_post_pre", x.device)(
+        a, x, post, comb, fn, scale, base, iters=iters, eps=eps, norm_eps=norm_eps
+    )
+    return result

@@ -1,0 +1,1 @@
+"""KV latent: norm, RoPE, rounding and the write into its page at once."""
