@@ -205,8 +205,10 @@ class Gang:
         try:
             self._endpoint.send(rank, Channel.DATA, payload)
         except PeerGone as error:
-            self._wait_for_an_end()
-            raise self._lost(rank, str(error)) from error
+            # Its socket went before its exit status came: the status says more.
+            dead = self._wait_for_an_end()
+            lost = min(dead, default=rank)
+            raise self._lost(lost, dead.get(lost, str(error))) from error
         except WireError as error:
             raise self._lost(rank, str(error)) from error
 
