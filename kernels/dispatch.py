@@ -110,6 +110,19 @@ def _hopper(folder: str, why: str) -> tuple[Implementation, ...]:
     )
 
 
+def _triton(folder: str, why: str) -> tuple[Implementation, ...]:
+    """Triton, for GPUs with FP8 conversions."""
+    return (
+        Implementation(
+            name="triton",
+            module=f"kernels.{folder}.triton_impl",
+            device_types=("cuda",),
+            min_compute=(9, 0),
+            why=why,
+        ),
+    )
+
+
 # Op -> implementations preferred over the reference, best first.
 _FASTER: dict[str, tuple[Implementation, ...]] = {
     "quant_rows": _hopper("quant_rows", "one pass, codes and scales"),
@@ -129,6 +142,26 @@ _FASTER: dict[str, tuple[Implementation, ...]] = {
     "topk_merge": _hopper("topk", "f32, up to 8192 candidates; else the twin"),
     "sparse_attention": _hopper("sparse_attention", "BF16 tensor cores; bf16 q, d 512, else twin"),
     "merge_lse": _hopper("merge_lse", "one pass; f64 runs the twin"),
+    "swiglu": _triton("swiglu", "one pass; f64 runs the twin"),
+    "rms_norm": _triton("rms_norm", "one pass; f64 runs the twin"),
+    "apply_rope": _triton("rope", "one pass; f64 runs the twin"),
+    "q_norm_rope": _triton("q_norm_rope", "one pass; f64 runs the twin"),
+    "kv_norm_rope": _triton("kv_norm_rope", "one pass; f64 runs the twin"),
+    "kv_insert": _triton("kv_insert", "one pass into the page; f64 runs the twin"),
+    "store_entries": _triton("page_cache", "one pass; f64 runs the twin"),
+    "load_entries": _triton("page_cache", "one pass; f64 runs the twin"),
+    "round_entries": _triton("page_cache", "one pass; f64 runs the twin"),
+    "compress": _triton("compress", "pooling and all after it; two launches for ratio 128"),
+    "compress_insert": _triton("compress_insert", "as compress, into the page"),
+    "index_query": _triton("index_query", "one pass, rotation on the tensor cores"),
+    "hc_pre": _hopper("hc", "bf16, 4 streams, D 4096..7168; else Triton; f64 runs the twin"),
+    "hc_post": _hopper("hc", "one pass in Triton; f64 runs the twin"),
+    "hc_head": _hopper("hc", "as hc_pre"),
+    "hc_post_pre": _hopper("hc_post_pre", "as hc_pre, streams made on the way"),
+    "moe_gate": _triton("moe_gate", "exact f32 logits of bf16 on the tensor cores, no host sync"),
+    "moe_permute": _triton("moe_permute", "counting sort on the device, no host sync"),
+    "moe_unpermute": _triton("moe_permute", "one pass; f64 runs the twin"),
+    "gumbel_noise": _triton("gumbel", "one pass, the twin's bits"),
 }
 
 

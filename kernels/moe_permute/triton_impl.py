@@ -1,0 +1,177 @@
+"""Stable counting sort of routed rows by local expert; integers only, so exact in any order.
+
+Few blocks of choices: each program counts all blocks itself, one launch. Many: counts per block, a
+scan over the blocks, then places. A last kernel copies the rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.moe_permute import reference
+from kernels.moe_permute.api import PermutedRows
+from kernels.triton_math import padded, twin_for_float64
+
+_BLOCK = 128  # choices of a program that places
+_FEW = 8  # blocks up to which every program counts for itself
+_SCAN, _BINS = 256, 8  # blocks a step of the scan adds up, experts of one of its programs
+_COLUMNS = 2048
+
+
+@triton.jit
+def _experts(ids, block, COUNT, FIRST, E: tl.constexpr, BLOCK: tl.constexpr):
+    """Local expert of each choice of a block; E where it lives elsewhere or past the end."""
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.load(ids + at, mask=at < COUNT, other=-1) - FIRST
+    here = (expert >= 0) & (expert < E) & (at < COUNT)
+    return tl.where(here, expert, E).to(tl.int32)
+
+
+@triton.jit
+def _count(ids, counts, COUNT, FIRST, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr):
+    block = tl.program_id(0)
+    expert = _experts(ids, block, COUNT, FIRST, E, BLOCK)
+    bin_ = tl.arange(0, EP)
+    tl.store(counts + block * EP + bin_, tl.histogram(expert, EP))
+
+
+@triton.jit
+def _scan(counts, starts, totals, BLOCKS, EP: tl.constexpr, BINS: tl.constexpr, STEP: tl.constexpr):
+    """starts[block, e]: rows of expert e in the blocks before; totals[e]. BINS experts a program."""
+    bin_ = tl.program_id(0) * BINS + tl.arange(0, BINS)
+    before = tl.zeros((BINS,), tl.int32)
+    for first in range(0, BLOCKS, STEP):
+        block = first + tl.arange(0, STEP)
+        at = block[:, None] * EP + bin_[None, :]
+        mask = (block < BLOCKS)[:, None]
+        count = tl.load(counts + at, mask=mask, other=0)
+        running = tl.cumsum(count, axis=0)
+        tl.store(starts + at, running - count + before[None, :], mask=mask)
+        before = before + tl.sum(count, axis=0)
+    tl.store(totals + bin_, before)
+
+
+@triton.jit
+def _place(
+    ids, starts, totals, offsets, place, COUNT, FIRST, BLOCKS,
+    E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, ALONE: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    bin_ = tl.arange(0, EP)
+    expert = _experts(ids, block, COUNT, FIRST, E, BLOCK)
+    if ALONE:
+        before = tl.zeros((EP,), tl.int32)
+        total = tl.zeros((EP,), tl.int32)
+        for other in range(BLOCKS):
+            count = tl.histogram(_experts(ids, other, COUNT, FIRST, E, BLOCK), EP)
+            total = total + count
+            before = before + tl.where(other < block, count, 0)
+    else:
+        before = tl.load(starts + block * EP + bin_)
+        total = tl.load(totals + bin_)
+    total = tl.where(bin_ < E, total, 0)
+    start = tl.cumsum(total, axis=0) - total
+    tl.store(offsets + bin_, start.to(tl.int64), mask=(bin_ <= E) & (block == 0))
+    start = start + before
+    first = tl.gather(start, expert, axis=0)
+    at = tl.arange(0, BLOCK)
+    same = (expert[:, None] == expert[None, :]) & (at[None, :] < at[:, None])
+    rank = tl.sum(same.to(tl.int32), axis=1)
+    where = tl.where(expert < E, first + rank, -1)
+    target = block * BLOCK + at
+    tl.store(place + target, where.to(tl.int64), mask=target < COUNT)
+
+
+@triton.jit
+def _copy_rows(
+    x, weights, place, rows, row_weight, stride, weight_stride,
+    D: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * P + tl.arange(0, P)
+    value = tl.load(x + token * stride + col, mask=col < D, other=0.0)
+    for choice in tl.static_range(K):
+        at = tl.load(place + token * K + choice)
+        tl.store(rows + at * D + col, value, mask=(col < D) & (at >= 0))
+        weight = tl.load(weights + token * weight_stride + choice)
+        tl.store(row_weight + at, weight, mask=(at >= 0) & (tl.program_id(1) == 0))
+
+
+@triton.jit
+def _add_rows(
+    rows, place, shared, out, stride, shared_stride,
+    D: tl.constexpr, P: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * P + tl.arange(0, P)
+    total = tl.zeros((P,), tl.float32)
+    for choice in tl.static_range(K):
+        at = tl.load(place + token * K + choice)
+        value = tl.load(rows + at * stride + col, mask=(col < D) & (at >= 0), other=0.0)
+        total = total + value.to(tl.float32)
+    if SHARED:
+        value = tl.load(shared + token * shared_stride + col, mask=col < D, other=0.0)
+        total = total + value.to(tl.float32)
+    tl.store(out + token * D + col, total.to(out.dtype.element_ty), mask=col < D)
+
+
+@twin_for_float64(reference.moe_permute)
+def moe_permute(
+    x: Tensor, ids: Tensor, weights: Tensor, *, first_expert: int, num_local: int
+) -> PermutedRows:
+    """See ``kernels.moe_permute.api.moe_permute``."""
+    ids = ids.contiguous()
+    tokens, choices = ids.shape
+    count, dim = ids.numel(), x.shape[1]
+    rows = torch.empty((count, dim), dtype=x.dtype, device=x.device)
+    row_weight = torch.empty((count,), dtype=torch.float32, device=x.device)
+    place = torch.empty((tokens, choices), dtype=torch.int64, device=x.device)
+    if count == 0:
+        offsets = torch.zeros((num_local + 1,), dtype=torch.int64, device=x.device)
+        return PermutedRows(rows=rows, offsets=offsets, row_weight=row_weight, place=place)
+    offsets = torch.empty((num_local + 1,), dtype=torch.int64, device=x.device)
+    blocks, bins = triton.cdiv(count, _BLOCK), padded(num_local + 1, 32)
+    alone = blocks <= _FEW
+    starts = totals = None
+    if not alone:
+        counts = torch.empty((blocks, bins), dtype=torch.int32, device=x.device)
+        starts = torch.empty_like(counts)
+        _count[(blocks,)](
+            ids, counts, count, first_expert, E=num_local, EP=bins, BLOCK=_BLOCK, num_warps=4
+        )
+        totals = torch.empty((bins,), dtype=torch.int32, device=x.device)
+        _scan[(bins // _BINS,)](
+            counts, starts, totals, blocks, EP=bins, BINS=_BINS, STEP=_SCAN, num_warps=4
+        )
+    _place[(blocks,)](
+        ids, starts, totals, offsets, place, count, first_expert, blocks,
+        E=num_local, EP=bins, BLOCK=_BLOCK, ALONE=alone, num_warps=4,
+    )  # fmt: skip
+    block = min(_COLUMNS, padded(dim, 32))
+    _copy_rows[(tokens, triton.cdiv(dim, block))](
+        x, weights, place, rows, row_weight, x.stride(0), weights.stride(0),
+        D=dim, P=block, K=choices, num_warps=max(1, block // 512),
+    )  # fmt: skip
+    return PermutedRows(rows=rows, offsets=offsets, row_weight=row_weight, place=place)
+
+
+@twin_for_float64(reference.moe_unpermute)
+def moe_unpermute(
+    rows: Tensor, place: Tensor, shared: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """See ``kernels.moe_permute.api.moe_unpermute``."""
+    place = place.contiguous()
+    tokens, choices = place.shape
+    dim = rows.shape[1]
+    out = torch.empty((tokens, dim), dtype=dtype, device=rows.device)
+    if out.numel():
+        block = min(_COLUMNS, padded(dim, 32))
+        _add_rows[(tokens, triton.cdiv(dim, block))](
+            rows, place, shared, out, rows.stride(0), 0 if shared is None else shared.stride(0),
+            D=dim, P=block, K=choices, SHARED=shared is not None,
+            num_warps=max(1, block // 512),
+        )  # fmt: skip
+    return out

@@ -1,0 +1,120 @@
+"""Router and row permutation on the GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.moe_gate import reference as gate_reference
+from kernels.moe_permute import reference as permute_reference
+from tests.helpers.gpu import Implementation, assert_near, assert_rows_alone, there
+from tests.helpers.strided import column_slice
+
+pytestmark = pytest.mark.gpu
+gate = Implementation("kernels.moe_gate.triton_impl")
+permute = Implementation("kernels.moe_permute.triton_impl")
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["bias", "plain", "hash"])
+@pytest.mark.parametrize(
+    ("tokens", "dim", "experts", "k"),
+    [(7, 4096, 256, 6), (300, 4096, 256, 6), (200, 7168, 384, 6), (5, 300, 24, 3), (0, 64, 8, 2)],
+)
+def test_moe_gate(
+    tokens: int, dim: int, experts: int, k: int, kind: str, dtype: torch.dtype
+) -> None:
+    x = torch.randn(tokens, dim).to(dtype)
+    weight = (torch.randn(experts, dim) * dim**-0.5 * 2).to(dtype)
+    kwargs = {"k": k, "route_scale": 1.5}
+    bias = torch.randn(experts) * 0.1 if kind == "bias" else None
+    if kind == "hash":
+        kwargs["tid2eid"] = torch.rand(90, experts).argsort(1)[:, :k]
+        kwargs["token_ids"] = torch.randint(0, 90, (tokens,))
+    logits = torch.nn.functional.linear(x.double(), weight.double())
+    scores = gate_reference._scores(logits)
+    device = {name: there(v) for name, v in kwargs.items()}
+    x, weight, bias = there(column_slice(x)), there(weight), there(bias)
+    ids, w = gate.moe_gate(x, weight, bias=bias, **device)
+    assert (ids.dtype, w.dtype) == (torch.int64, torch.float32)
+    assert bool((ids[:, 1:] >= ids[:, :-1]).all())
+    if kind == "hash":
+        want = kwargs["tid2eid"][kwargs["token_ids"]].sort(1).values
+        assert torch.equal(ids.cpu(), want)
+    else:
+        biased = scores if bias is None else scores + bias.cpu().double()
+        best = biased.sort(dim=-1, descending=True).values
+        chosen = biased.gather(1, ids.cpu())
+        # The k best, but for ties within the f32 error of a logit.
+        if tokens:
+            assert float((best[:, k - 1 : k] - chosen).max()) < 1e-5
+            assert bool((ids[:, 1:] > ids[:, :-1]).all())
+    mine = scores.gather(1, ids.cpu())
+    assert_near(w, (mine / mine.sum(-1, keepdim=True) * 1.5).float(), bound=3e-6)
+
+    def alone(s: slice, part: int) -> torch.Tensor:
+        one = dict(device)
+        if kind == "hash":
+            one["token_ids"] = device["token_ids"][s]
+        return gate.moe_gate(x[s], weight, bias=bias, **one)[part]
+
+    rows = sorted({0, tokens // 2, tokens - 1}) if tokens else []
+    for part, result in enumerate((ids, w)):
+        assert_rows_alone(lambda s, p=part: alone(s, p), result, rows)
+
+
+def test_ties_extremes_and_ids_outside_the_table() -> None:
+    # Logits of one feature: all equal, then -200 .. 200.
+    weight = torch.cat(
+        [torch.zeros(8, 16), torch.linspace(-200, 200, 8)[:, None].expand(8, 16) / 16]
+    )
+    x, weight = there((torch.ones(2, 16), weight))
+    x[0] = 0
+    ids, w = gate.moe_gate(x, weight, k=4, route_scale=2.0)
+    assert ids[0].tolist() == [0, 1, 2, 3]
+    assert torch.isfinite(w).all()
+    torch.testing.assert_close(w.sum(1).cpu(), torch.full((2,), 2.0))
+    low, _ = gate.moe_gate(-x.abs() - 1, weight.abs() + 3, k=4, route_scale=2.0)
+    assert low.shape == (2, 4)
+    table = there(torch.arange(12).view(3, 4))
+    _, w = gate.moe_gate(
+        x, weight, k=4, route_scale=1.0, tid2eid=table, token_ids=there(torch.tensor([1, 9]))
+    )
+    assert bool(torch.isfinite(w[0]).all())
+    assert bool(w[1].isnan().all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "k", "experts", "first", "local"),
+    [
+        (5, 3, 24, 6, 6),
+        (150, 6, 256, 64, 64),
+        (3000, 6, 256, 0, 256),
+        (1, 1, 1, 0, 1),
+        (0, 6, 8, 0, 8),
+    ],
+)
+def test_permute(
+    tokens: int, k: int, experts: int, first: int, local: int, dtype: torch.dtype
+) -> None:
+    x = torch.randn(tokens, 72).to(dtype)
+    ids = torch.rand(tokens, experts).argsort(1)[:, :k].sort(1).values
+    weights = torch.rand(tokens, k)
+    want = permute_reference.moe_permute(x, ids, weights, first_expert=first, num_local=local)
+    got = permute.moe_permute(
+        there(column_slice(x)), there(ids), there(weights), first_expert=first, num_local=local
+    )
+    count = int(want.offsets[-1])
+    assert torch.equal(got.offsets.cpu(), want.offsets)
+    assert torch.equal(got.place.cpu(), want.place)
+    assert torch.equal(got.rows[:count].cpu(), want.rows[:count])
+    assert torch.equal(got.row_weight[:count].cpu(), want.row_weight[:count])
+    results = torch.randn(max(tokens * k, 1), 72).to(dtype)
+    shared = torch.randn(tokens, 72).to(dtype)
+    for add in (None, shared):
+        for out in DTYPES:
+            sums = permute_reference.moe_unpermute(results, want.place, add, out)
+            back = permute.moe_unpermute(there(results), got.place, there(add), out)
+            assert torch.equal(back.cpu(), sums)
