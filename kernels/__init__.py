@@ -26,6 +26,10 @@ if TYPE_CHECKING:  # the same exports, for type checkers and editors
     from kernels.grouped_output.api import grouped_output as grouped_output
     from kernels.gumbel.api import gumbel_noise as gumbel_noise
     from kernels.hc.api import hc_head as hc_head, hc_post as hc_post, hc_pre as hc_pre
+    from kernels.hc_norm.api import (
+        hc_post_pre_norm as hc_post_pre_norm,
+        hc_pre_norm as hc_pre_norm,
+    )
     from kernels.hc_post_pre.api import hc_post_pre as hc_post_pre
     from kernels.index_query.api import index_query as index_query
     from kernels.index_score.api import index_score as index_score
@@ -145,6 +149,8 @@ _EXPORTS: dict[str, str] = {
     "moe_permute": "kernels.moe_permute.api",
     "moe_unpermute": "kernels.moe_permute.api",
     "hc_post_pre": "kernels.hc_post_pre.api",
+    "hc_pre_norm": "kernels.hc_norm.api",
+    "hc_post_pre_norm": "kernels.hc_norm.api",
     "hc_head": "kernels.hc.api",
     "hc_post": "kernels.hc.api",
     "hc_pre": "kernels.hc.api",

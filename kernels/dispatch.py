@@ -90,6 +90,8 @@ _FOLDERS: dict[str, str] = {
     "hc_post": "hc",
     "hc_head": "hc",
     "hc_post_pre": "hc_post_pre",
+    "hc_pre_norm": "hc_norm",
+    "hc_post_pre_norm": "hc_norm",
     "moe_gate": "moe_gate",
     "moe_permute": "moe_permute",
     "moe_unpermute": "moe_permute",

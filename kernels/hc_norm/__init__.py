@@ -1,0 +1,1 @@
+"""Streams collapsed, normed and rounded to FP8 at once."""
