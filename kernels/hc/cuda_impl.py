@@ -24,6 +24,8 @@ from kernels.triton_math import twin_for_float64
 _CUDA = Path(__file__).parent / "cuda"
 _SOURCES = [_CUDA / name for name in ("hc.cu", "hc_math.cuh", "hc_tiles.cuh", "hc_few.cuh")]
 _STREAMS, _SLAB, _TILE, _RING, _SUMS = 4, 256, 16, 8, 448  # as in the sources
+_WARPS = 16  # whose sums of few tokens are kept apart
+_FEW = 64  # tokens up to which the streams are made by an op of their own
 _COLUMNS = 1024  # of a block that finishes one of few tokens
 _MAX_SLABS = 28  # whose sums fit beside the tiles
 _MIN_SLABS = 16  # each block of a group finishes the factors of one token of a tile
@@ -39,7 +41,7 @@ def build() -> None:
 def _workspace(device: torch.device) -> tuple[int, Tensor, Tensor]:
     """Blocks that run at once, the ring of sums and the flags (zero between launches)."""
     blocks = int(load_library(*_SOURCES).causeway_hc_blocks())
-    ring = torch.zeros(blocks * _RING * _SUMS, dtype=torch.float32, device=device)
+    ring = torch.zeros(blocks * max(_RING, _WARPS) * _SUMS, dtype=torch.float32, device=device)
     flags = torch.zeros(blocks * _RING + 1, dtype=torch.int32, device=device)
     return blocks, ring, flags
 
@@ -77,6 +79,8 @@ def collapse(
             streams, fn, scale, base, iters=iters, eps=eps, norm_eps=norm_eps
         )
     _, ring, flags = _workspace(x.device)
+    if mixed is not None and tokens <= _FEW:
+        x, mixed = hc_post(mixed[0], x, mixed[1], mixed[2]), None
     x = _aligned(x)
     new = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
     out = torch.empty((tokens, dim), dtype=x.dtype, device=x.device)

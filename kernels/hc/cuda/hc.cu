@@ -5,7 +5,7 @@
 // registers for its whole life: tensor-core fragments of three bf16 parts that add up to the f32 weight,
 // so every product is exact. The blocks of all slabs of a row form a group; groups walk over tiles of 16
 // tokens (hc_tiles.cuh). Few tokens are spread over more and smaller blocks (hc_few.cuh).
-// Sums run in a fixed order (tensor core over 128 columns, warps, slabs) that no other token touches and
+// Sums run in a fixed order (tensor core over 64 columns, warps, slabs) that no other token touches and
 // that both kernels share.
 #include "hc_few.cuh"
 #include "hc_tiles.cuh"
@@ -13,22 +13,33 @@
 namespace causeway {
 namespace hc {
 
+// The sums of 64 tokens fit in the ring.
 constexpr int kFewTokens = 64;
 
 template <Mode kMode>
-cudaError_t launch(const Arguments& args, bool few, cudaStream_t stream) {
-  if (few) {
-    unsigned tiles = (unsigned)((args.tokens + kTile - 1) / kTile);
-    few_mix_kernel<kMode><<<dim3(args.slabs * kWarps, tiles), 32, 0, stream>>>(args);
-    few_finish_kernel<kMode>
-        <<<dim3((unsigned)args.tokens, args.dim / kColumns), kFinishThreads, 0, stream>>>(args);
-    return cudaGetLastError();
-  }
-  int bytes = Layout<kMode>::bytes(args.slabs);
+cudaError_t launch_few(const Arguments& args, cudaStream_t stream) {
+  unsigned tiles = (unsigned)((args.tokens + kTile - 1) / kTile);
+  few_mix_kernel<kMode><<<dim3(args.slabs * kWarps, tiles), 32, 0, stream>>>(args);
+  // The second kernel starts while the first runs, loads its streams and waits for the sums.
+  cudaLaunchAttribute early;
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3((unsigned)args.tokens, args.dim / kColumns);
+  config.blockDim = dim3(kFinishThreads);
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, few_finish_kernel<kMode>, args);
+}
+
+template <Mode kMode>
+cudaError_t launch(const Arguments& args, cudaStream_t stream) {
+  constexpr int kBytes = Layout<kMode>::kBytes;
   cudaError_t code =
-      cudaFuncSetAttribute(hc_kernel<kMode>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+      cudaFuncSetAttribute(hc_kernel<kMode>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (code != cudaSuccess) return code;
-  hc_kernel<kMode><<<args.groups * args.slabs, kAllThreads, bytes, stream>>>(args);
+  hc_kernel<kMode><<<args.groups * args.slabs, kAllThreads, kBytes, stream>>>(args);
   return cudaGetLastError();
 }
 
@@ -75,9 +86,13 @@ extern "C" int causeway_hc(int mode, const void* x, int64_t x_token, int64_t x_s
   args.eps = eps;
   args.norm_eps = norm_eps;
   cudaStream_t queue = static_cast<cudaStream_t>(stream);
-  bool few = tokens <= kFewTokens;
-  cudaError_t code = mode == 0   ? launch<Mode::kPre>(args, few, queue)
-                     : mode == 1 ? launch<Mode::kHead>(args, few, queue)
-                                 : launch<Mode::kPostPre>(args, few, queue);
+  cudaError_t code;
+  if (tokens <= kFewTokens && mode != 2) {
+    code = mode == 0 ? launch_few<Mode::kPre>(args, queue) : launch_few<Mode::kHead>(args, queue);
+  } else {
+    code = mode == 0   ? launch<Mode::kPre>(args, queue)
+           : mode == 1 ? launch<Mode::kHead>(args, queue)
+                       : launch<Mode::kPostPre>(args, queue);
+  }
   return static_cast<int>(code);
 }

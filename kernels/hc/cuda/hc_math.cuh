@@ -1,5 +1,5 @@
 // What both kernels of hc_pre, hc_head and hc_post_pre compute with: the weight's fragments, a warp's
-// mix of 128 columns, the factors. The two kernels give the same bits because these are the same.
+// mix of 64 columns, the factors. The two kernels give the same bits because these are the same.
 #pragma once
 #include "hopper.cuh"
 
@@ -9,8 +9,8 @@ namespace hc {
 constexpr int kTile = 16;  // tokens
 constexpr int kStreams = 4;
 constexpr int kSlab = 256;  // columns of each stream
-constexpr int kWarps = 8;   // that share the 1024 values of a slab
-constexpr int kSteps = 8;   // products of 16 columns that one warp chains
+constexpr int kWarps = 16;  // that share the 1024 values of a slab
+constexpr int kSteps = 4;   // products of 16 columns that one warp chains
 constexpr int kRecord = 28;  // sums of a token: 4 pre, squares, 4 post, 16 comb, padding
 constexpr int kSums = kRecord * kTile;
 
@@ -84,9 +84,9 @@ template <Mode kMode>
 __device__ __forceinline__ void load_weight(Weight& weight, const Arguments& args, int slab, int warp,
                                             int lane) {
   constexpr int kMixes = kMode == Mode::kHead ? kStreams : 24;
-  int row = lane / 4, stream = warp / 2;
+  int row = lane / 4, stream = warp / 4;
   int64_t width = (int64_t)kStreams * args.dim;
-  int64_t column = (int64_t)stream * args.dim + slab * kSlab + (warp % 2) * 128 + (lane % 4) * 2;
+  int64_t column = (int64_t)stream * args.dim + slab * kSlab + (warp % 4) * 64 + (lane % 4) * 2;
   auto pair = [&](int r, int64_t at) {
     return r < kMixes ? *reinterpret_cast<const float2*>(args.fn + r * width + at)
                       : make_float2(0.0f, 0.0f);
@@ -113,7 +113,7 @@ __device__ __forceinline__ void load_weight(Weight& weight, const Arguments& arg
   }
 }
 
-// A warp's sums over its 128 columns for a tile of tokens, to `partial` [kTile, kRecord].
+// A warp's sums over its 64 columns for a tile of tokens, to `partial` [kTile, kRecord].
 // fetch(half, step, b0, b1) gives the fragment of token 8 * half + lane / 4: the pairs of columns
 // 16 * step + 2 * (lane % 4) and 8 further.
 template <Mode kMode, typename Fetch>
@@ -175,57 +175,55 @@ __device__ __forceinline__ float logit_of(const Arguments& args, float sum, floa
 
 __device__ __forceinline__ float sigmoid(float v) { return 1.0f / (1.0f + expf(-v)); }
 
-// comb from its logits: row softmax plus eps, columns, then iters - 1 times rows and columns.
-__device__ __forceinline__ void finish_comb(const float* logits, float* comb, int iters, float eps) {
-  float c[4][4];
-  // Four reciprocals for one: the sums lie between eps and 4, so their product is far from zero.
-  auto inverses = [](const float (&sum)[4], float (&inverse)[4]) {
-    float low = sum[0] * sum[1], high = sum[2] * sum[3];
-    float both = __fdividef(1.0f, low * high);
-    float of_low = both * high, of_high = both * low;
-    inverse[0] = of_low * sum[1];
-    inverse[1] = of_low * sum[0];
-    inverse[2] = of_high * sum[3];
-    inverse[3] = of_high * sum[2];
-  };
-  float sum[4], inverse[4];
+// Reciprocals of four sums for the price of one: they lie between 1e-6 and 5, their product far from 0.
+__device__ __forceinline__ void invert(const float (&sum)[4], float (&inverse)[4]) {
+  float low = sum[0] * sum[1], high = sum[2] * sum[3];
+  float both = __fdividef(1.0f, low * high);
+  float of_low = both * high, of_high = both * low;
+  inverse[0] = of_low * sum[1];
+  inverse[1] = of_low * sum[0];
+  inverse[2] = of_high * sum[3];
+  inverse[3] = of_high * sum[2];
+}
+
+// Sum over four neighbouring lanes.
+__device__ __forceinline__ float over_four(float v) {
+  v += __shfl_xor_sync(~0u, v, 1);
+  return v + __shfl_xor_sync(~0u, v, 2);
+}
+
+// comb from its logits: row softmax plus eps, columns, then iters - 1 times rows and columns. Four lanes
+// make one matrix, a column each; all lanes of the warp must call this.
+__device__ __forceinline__ void finish_comb(const float* logits, float* comb, bool live, int iters,
+                                            float eps) {
+  int k = threadIdx.x % 4;
+  float c[4], sum[4], inverse[4];
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    const float* row = logits + j * 4;
-    float top = fmaxf(fmaxf(row[0], row[1]), fmaxf(row[2], row[3]));
-#pragma unroll
-    for (int k = 0; k < 4; ++k) c[j][k] = expf(row[k] - top);
-    sum[j] = (c[j][0] + c[j][1]) + (c[j][2] + c[j][3]);
+    float v = live ? logits[j * 4 + k] : 0.0f;
+    float top = fmaxf(v, __shfl_xor_sync(~0u, v, 1));
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+    c[j] = expf(v - top);
+    sum[j] = over_four(c[j]);
   }
-  inverses(sum, inverse);
+  invert(sum, inverse);
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) c[j][k] = fmaf(c[j][k], inverse[j], eps);
-  }
+  for (int j = 0; j < 4; ++j) c[j] = fmaf(c[j], inverse[j], eps);
   for (int i = 0; i < iters; ++i) {
     if (i > 0) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) sum[j] = (c[j][0] + c[j][1]) + (c[j][2] + c[j][3]) + eps;
-      inverses(sum, inverse);
+      for (int j = 0; j < 4; ++j) sum[j] = over_four(c[j]) + eps;
+      invert(sum, inverse);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-#pragma unroll
-        for (int k = 0; k < 4; ++k) c[j][k] *= inverse[j];
-      }
+      for (int j = 0; j < 4; ++j) c[j] *= inverse[j];
     }
+    float column = __fdividef(1.0f, ((c[0] + c[1]) + (c[2] + c[3])) + eps);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) sum[k] = (c[0][k] + c[1][k]) + (c[2][k] + c[3][k]) + eps;
-    inverses(sum, inverse);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) c[j][k] *= inverse[k];
-    }
+    for (int j = 0; j < 4; ++j) c[j] *= column;
   }
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    *reinterpret_cast<float4*>(comb + j * 4) = make_float4(c[j][0], c[j][1], c[j][2], c[j][3]);
+    if (live) comb[j * 4 + k] = c[j];
   }
 }
 

@@ -1,5 +1,6 @@
-// The kernel for many tokens. In step i a block mixes tile i and leaves its sums in a ring in global memory,
-// fetches the sums of all slabs of tile i - 2, and collapses tile i - 3, which still lies in shared memory.
+// The kernel for many tokens. In step i a block mixes tile i, leaves its sums in a ring in global memory and
+// collapses tile i - kLag, which still lies in shared memory. Meanwhile serving warps tell the group, wait
+// for it and make the factors; the bulk copy engine brings tile i + 2.
 #pragma once
 #include "hc_math.cuh"
 
@@ -7,37 +8,31 @@ namespace causeway {
 namespace hc {
 
 constexpr int kThreads = kWarps * 32;
-constexpr int kServers = 4;  // warps that talk to the other blocks of the group
+constexpr int kServers = 4;  // each looks after every fourth tile
 constexpr int kAllThreads = kThreads + kServers * 32;
-constexpr int kLag = 3;     // steps from a mix to its collapse
-constexpr int kStages = 5;  // tiles of streams in shared memory: mixing, kLag waiting, one on its way
-constexpr int kSides = 2;   // of a and the factors, which leave once the streams are made
-constexpr int kRing = 8;    // more than the steps two blocks of a group can be apart, twice over
-constexpr int kBatch = 16;  // combs that a serving warp finishes while as many others come in
+constexpr int kRing = 8;     // tiles whose sums and factors are kept
+constexpr int kBatch = 8;    // combs that a serving warp finishes at once
+constexpr int kSides = 2;    // of a and the factors, which are free once the streams are made
 constexpr int kStreamBytes = kSlab * 2;
 constexpr int kTokenBytes = kStreams * kStreamBytes + 16;  // shifts tokens by four banks
-constexpr int kFactorBytes = 80;                           // 4 post, 16 comb
+constexpr int kFactorBytes = (kStreams + 16) * 4;
 constexpr int kSideBytes = kTile * (kStreamBytes + kFactorBytes);
-constexpr int kSharedSums = 8 * kTile;  // floats of a slab that all blocks need: pre and squares
 
-// Named barriers; 0 is __syncthreads. kStored and kReady have one for each serving warp.
+// Named barriers; 0 is __syncthreads. One of kStored for each serving warp, one of kReady for each tile.
 constexpr int kMain = 1, kStored = 2, kReady = kStored + kServers;
 
 template <Mode kMode>
 struct Layout {
+  static constexpr int kStages = kMode == Mode::kPostPre ? 5 : 6;  // tiles of streams
+  static constexpr int kLag = kStages - 2;  // steps from a mix to its collapse
   static constexpr int kSide = kStages * kTile * kTokenBytes;
   static constexpr int kPartial = kSide + (kMode == Mode::kPostPre ? kSides * kSideBytes : 0);
-  static constexpr int kPre = kPartial + kWarps * kSums * 4;   // [kTile][4] f32
-  static constexpr int kLogits = kPre + kTile * kStreams * 4;  // [2 * kBatch][16] f32
-  static constexpr int kFetched = kLogits + 2 * kBatch * 16 * 4;  // [slabs] shared sums, records
-  static constexpr int bytes(int slabs) { return kFetched + slabs * (kSharedSums + kRecord) * 4; }
+  static constexpr int kPre = kPartial + kWarps * kSums * 4;           // [kRing][kTile][4] f32
+  static constexpr int kLogits = kPre + kRing * kTile * kStreams * 4;  // [kServers][kBatch][16] f32
+  static constexpr int kFull = kLogits + kServers * kBatch * 16 * 4;   // an mbarrier per stage
+  static constexpr int kBytes = kFull + kStages * 8;
+  static_assert(kBytes <= 227 * 1024, "shared memory of one block");
 };
-
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kPending>
-__device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
 
 __device__ __forceinline__ unsigned load_acquire(const unsigned* p) {
   unsigned value;
@@ -48,39 +43,48 @@ __device__ __forceinline__ unsigned load_acquire(const unsigned* p) {
 __device__ __forceinline__ void arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
-__device__ __forceinline__ void copy16(uint32_t smem, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem), "l"(global) : "memory");
+// `bytes` (a multiple of 16) global -> shared by the copy engine, counted by `bar`.
+__device__ __forceinline__ void bulk_copy(uint32_t smem, const void* global, uint32_t bytes,
+                                          uint32_t bar) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          smem),
+      "l"(global), "r"(bytes), "r"(bar)
+      : "memory");
+}
+__device__ __forceinline__ void expect_bytes(uint32_t bar, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
+               : "memory");
 }
 
+// One warp asks for a tile. Rows beyond the last token keep what shared memory held: nothing reads
+// their results.
 template <Mode kMode>
-__device__ __forceinline__ void load_tile(const Arguments& args, char* stage, char* side, int64_t first,
-                                          int slab) {
-  constexpr int kPieces = kStreamBytes / 16;
-  uint32_t to = smem_address(stage);
-#pragma unroll 2
-  for (int k = 0; k < kTile * kStreams * kPieces / kThreads; ++k) {
-    int i = k * kThreads + threadIdx.x;
-    int token = i / (kStreams * kPieces), stream = i / kPieces % kStreams, piece = i % kPieces;
-    bool valid = first + token < args.tokens;
-    int64_t row = valid ? first + token : first;
-    const __nv_bfloat16* from =
-        args.x + row * args.x_token + stream * args.x_stream + slab * kSlab + piece * 8;
-    copy16_async(to + token * kTokenBytes + stream * kStreamBytes + piece * 16, from, valid);
+__device__ __forceinline__ void load_tile(const Arguments& args, char* stage, char* side, uint32_t full,
+                                          int64_t first, int slab, int lane) {
+  int64_t left = args.tokens - first;
+  int live = left < kTile ? (int)left : kTile;
+  constexpr bool kPost = kMode == Mode::kPostPre;
+  if (lane == 0) {
+    expect_bytes(full, live * (kStreams * kStreamBytes + (kPost ? kStreamBytes + kFactorBytes : 0)));
   }
-  if constexpr (kMode == Mode::kPostPre) {
+  __syncwarp();
+  uint32_t to = smem_address(stage);
+  for (int i = lane; i < live * kStreams; i += 32) {
+    int token = i / kStreams, stream = i % kStreams;
+    bulk_copy(to + token * kTokenBytes + stream * kStreamBytes,
+              args.x + (first + token) * args.x_token + stream * args.x_stream + slab * kSlab,
+              kStreamBytes, full);
+  }
+  if constexpr (kPost) {
     to = smem_address(side);
-#pragma unroll
-    for (int k = 0; k < kTile * kPieces / kThreads; ++k) {
-      int i = k * kThreads + threadIdx.x, token = i / kPieces, piece = i % kPieces;
-      bool valid = first + token < args.tokens;
-      int64_t row = valid ? first + token : first;
-      copy16_async(to + token * kStreamBytes + piece * 16,
-                   args.a + row * args.a_token + slab * kSlab + piece * 8, valid);
-      if (piece < 5) {
-        const float* from =
-            piece == 0 ? args.post_in + row * 4 : args.comb_in + row * 16 + piece * 4 - 4;
-        copy16_async(to + kTile * kStreamBytes + token * kFactorBytes + piece * 16, from, valid);
-      }
+    if (lane < live) {
+      bulk_copy(to + lane * kStreamBytes, args.a + (first + lane) * args.a_token + slab * kSlab,
+                kStreamBytes, full);
+    } else if (lane == 30) {
+      bulk_copy(to + kTile * kStreamBytes, args.post_in + first * 4, live * 16, full);
+    } else if (lane == 31) {
+      bulk_copy(to + kTile * (kStreamBytes + 16), args.comb_in + first * 16, live * 64, full);
     }
   }
 }
@@ -90,7 +94,7 @@ __device__ __forceinline__ void make_streams(const Arguments& args, char* stage,
                                              int64_t first, int slab, int token, int lane) {
   char* mine = stage + token * kTokenBytes + lane * 16;
   const float* factors =
-      reinterpret_cast<const float*>(side + kTile * kStreamBytes + token * kFactorBytes);
+      reinterpret_cast<const float*>(side + kTile * kStreamBytes);
   uint4 a = *reinterpret_cast<const uint4*>(side + token * kStreamBytes + lane * 16);
   uint4 x[kStreams];
 #pragma unroll
@@ -100,10 +104,10 @@ __device__ __forceinline__ void make_streams(const Arguments& args, char* stage,
       args.streams + ((first + token) * kStreams * args.dim) + slab * kSlab + lane * 8;
 #pragma unroll
   for (int k = 0; k < kStreams; ++k) {
-    float post = factors[k];
+    float post = factors[token * kStreams + k];
     float comb[kStreams];
 #pragma unroll
-    for (int j = 0; j < kStreams; ++j) comb[j] = factors[4 + j * 4 + k];
+    for (int j = 0; j < kStreams; ++j) comb[j] = factors[kTile * kStreams + token * 16 + j * 4 + k];
     uint4 mixed;
 #pragma unroll
     for (int word = 0; word < 4; ++word) {
@@ -128,24 +132,26 @@ __device__ __forceinline__ void collapse(const Arguments& args, const char* stag
       collapse_columns(factor, x);
 }
 
-// Combs of the tiles from..to of this group, whose logits lie in shared memory: a lane each.
+// A serving warp: for every fourth tile it publishes this block's sums, waits for the group's, makes the
+// factors of the tile's tokens and, for one of them, all that hc_post needs.
 template <Mode kMode>
-__device__ __forceinline__ void finish_batch(const Arguments& args, const float* logits, int group,
-                                             int slab, int64_t from, int64_t to) {
-  int64_t tile = from + threadIdx.x % 32;
-  int64_t token = (group + tile * args.groups) * kTile + slab;
-  if (kMode == Mode::kHead || slab >= kTile || tile >= to || token >= args.tokens) return;
-  finish_comb(logits + tile % (2 * kBatch) * 16, args.comb + token * 16, args.iters, args.eps);
-}
-
-// A serving warp: for every fourth tile it publishes this block's sums, waits for the group's and says
-// so; now and then it finishes combs. Fences take longer than a step, hence four warps.
-template <Mode kMode>
-__device__ __forceinline__ void serve(const Arguments& args, const float* logits, int group, int slab,
-                                      int64_t tiles, int who) {
-  for (int64_t i = who; i < tiles; i += kServers) {
+__device__ __forceinline__ void serve(const Arguments& args, float* pre, float* logits, int group,
+                                      int slab, int tiles, int who) {
+  int lane = threadIdx.x % 32, token = lane % kTile, half = lane / kTile;
+  logits += who * kBatch * 16;
+  bool own = kMode != Mode::kHead && slab < kTile;
+  auto token_of = [&](int tile) { return (int64_t)(group + tile * args.groups) * kTile + slab; };
+  auto finish = [&](int tile) {  // the combs of this warp's tiles up to `tile` since the last batch
+    __syncwarp();
+    int at = tile / kServers / kBatch * kBatch + lane / 4;  // counts this warp's tiles
+    int64_t row = token_of(at * kServers + who);
+    bool live = at * kServers + who <= tile && row < args.tokens;
+    finish_comb(logits + lane / 4 * 16, args.comb + (live ? row : 0) * 16, live, args.iters, args.eps);
+    __syncwarp();
+  };
+  for (int i = who; i < tiles; i += kServers) {
     named_barrier(kStored + who, kThreads + 32);
-    if (threadIdx.x % 32 == 0) {
+    if (lane == 0) {
       unsigned* flag = args.flags + group * kRing + i % kRing;
       unsigned target = (unsigned)args.slabs * (unsigned)(i / kRing + 1);
       __threadfence();
@@ -155,22 +161,45 @@ __device__ __forceinline__ void serve(const Arguments& args, const float* logits
       __threadfence();
     }
     __syncwarp();
-    arrive(kReady + who, kThreads + 32);
-    int64_t done = i - kLag + 1;  // tiles whose logits are written
-    if (done > 0 && done % kBatch == 0) {
-      finish_batch<kMode>(args, logits, group, slab, done - kBatch, done);
-      __syncwarp();
+    const float* sums = args.ring + (group * kRing + i % kRing) * args.slabs * kSums;
+    // Two lanes a token: the sums of pre, and the squares.
+    float4 sum = {};
+    const float4* from = reinterpret_cast<const float4*>(sums + token * kRecord + half * 4);
+#pragma unroll 8
+    for (int s = 0; s < args.slabs; ++s) {
+      float4 v = __ldcg(from + s * (kSums / 4));
+      sum.x += v.x;
+      sum.y += v.y;
+      sum.z += v.z;
+      sum.w += v.w;
     }
-  }
-}
-
-// Combs that `serve` left: their logits are complete once the block has met.
-template <Mode kMode>
-__device__ __forceinline__ void finish_rest(const Arguments& args, const float* logits, int group,
-                                            int slab, int64_t tiles) {
-  int64_t done = tiles > kLag ? (tiles - kLag) / kBatch * kBatch : 0;
-  for (; done < tiles; done += kBatch) {
-    finish_batch<kMode>(args, logits, group, slab, done, tiles < done + kBatch ? tiles : done + kBatch);
+    float squares = __shfl_sync(~0u, sum.x, token + kTile);
+    if (half == 0) {
+      float4 factor;
+#pragma unroll
+      for (int j = 0; j < kStreams; ++j) {
+        (&factor.x)[j] = sigmoid(logit_of(args, (&sum.x)[j], squares, j)) + args.eps;
+      }
+      reinterpret_cast<float4*>(pre)[i % kRing * kTile + token] = factor;
+    }
+    __syncwarp();
+    arrive(kReady + i % kRing, kThreads + 32);
+    if (!own) continue;
+    float mix = 0.0f;
+#pragma unroll 8
+    for (int s = 0; s < args.slabs; ++s) {
+      mix += __ldcg(sums + s * kSums + slab * kRecord + (lane < 25 ? lane : 0));
+    }
+    squares = __shfl_sync(~0u, mix, 4);
+    if (lane > 4 && lane < 25 && token_of(i) < args.tokens) {
+      float logit = logit_of(args, mix, squares, lane - 1);
+      if (lane < 9) {
+        args.post[token_of(i) * 4 + lane - 5] = 2.0f * sigmoid(logit);
+      } else {
+        logits[i / kServers % kBatch * 16 + lane - 9] = logit;
+      }
+    }
+    if (i / kServers % kBatch == kBatch - 1 || i + kServers >= tiles) finish(i);
   }
 }
 
@@ -180,46 +209,42 @@ __global__ void __launch_bounds__(kAllThreads, 1) hc_kernel(const Arguments args
   extern __shared__ __align__(16) char memory[];
   float* partial = reinterpret_cast<float*>(memory + L::kPartial);
   float* pre = reinterpret_cast<float*>(memory + L::kPre);
-  float* logits = reinterpret_cast<float*>(memory + L::kLogits);
-  float* fetched = reinterpret_cast<float*>(memory + L::kFetched);
-  float* record = fetched + args.slabs * kSharedSums;
   int group = blockIdx.x / args.slabs, slab = blockIdx.x % args.slabs;
   int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  int64_t all_tiles = (args.tokens + kTile - 1) / kTile;
-  int64_t tiles = (all_tiles - group + args.groups - 1) / args.groups;
+  int tiles = ((int)((args.tokens + kTile - 1) / kTile) - group + args.groups - 1) / args.groups;
+  uint32_t full = smem_address(memory + L::kFull);
+  if (thread == 0) {
+    for (int s = 0; s < L::kStages; ++s) mbar_init(full + s * 8, 1);
+    mbar_fence_init();
+  }
+  __syncthreads();
   if (warp >= kWarps) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
-    serve<kMode>(args, logits, group, slab, tiles, warp - kWarps);
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
+    serve<kMode>(args, pre, reinterpret_cast<float*>(memory + L::kLogits), group, slab, tiles,
+                 warp - kWarps);
     __syncthreads();
-    if (warp == kWarps) finish_rest<kMode>(args, logits, group, slab, tiles);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
-    auto first_token = [&](int64_t i) { return (group + i * args.groups) * kTile; };
-    auto stage_of = [&](int64_t i) { return memory + (i % kStages) * (kTile * kTokenBytes); };
-    auto side_of = [&](int64_t i) { return memory + L::kSide + (i % kSides) * kSideBytes; };
-    auto sums_of = [&](int64_t i) {
-      return args.ring + ((int64_t)group * kRing + i % kRing) * args.slabs * kSums;
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
+    auto first_token = [&](int i) { return (int64_t)(group + i * args.groups) * kTile; };
+    auto stage_of = [&](int i) { return memory + (i % L::kStages) * (kTile * kTokenBytes); };
+    auto side_of = [&](int i) { return memory + L::kSide + (i % kSides) * kSideBytes; };
+    auto load = [&](int i) {
+      load_tile<kMode>(args, stage_of(i), side_of(i), full + (i % L::kStages) * 8, first_token(i), slab,
+                       lane);
     };
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (i < tiles) load_tile<kMode>(args, stage_of(i), side_of(i), first_token(i), slab);
-      commit_copies();
-      if (i == 0) commit_copies();  // no sums yet
+    if (warp == 0) {
+      load(0);
+      if (tiles > 1) load(1);
     }
     Weight weight;
     load_weight<kMode>(weight, args, slab, warp, lane);
-    const int from_column = warp / 2 * kStreamBytes + ((warp % 2) * 128 + lane % 4 * 2) * 2;
+    const int from_column = warp / 4 * kStreamBytes + ((warp % 4) * 64 + lane % 4 * 2) * 2;
 
-    // Copies are committed in this order: .., streams i, sums i - 3, streams i + 1, (step i) sums i - 2, ..
-    for (int64_t i = 0; i < tiles + kLag; ++i) {
-      int64_t j = i - kLag;
+    for (int i = 0; i < tiles + L::kLag; ++i) {
       if (i < tiles) {
-        wait_copies<2>();
-        named_barrier(kMain, kThreads);
+        mbar_wait(full + (i % L::kStages) * 8, i / L::kStages & 1);
         if constexpr (kMode == Mode::kPostPre) {
-          for (int token = warp; token < kTile; token += kWarps) {
-            make_streams(args, stage_of(i), side_of(i), first_token(i), slab, token, lane);
-          }
+          make_streams(args, stage_of(i), side_of(i), first_token(i), slab, warp, lane);
           named_barrier(kMain, kThreads);
         }
         const char* from = stage_of(i) + lane / 4 * kTokenBytes + from_column;
@@ -229,70 +254,29 @@ __global__ void __launch_bounds__(kAllThreads, 1) hc_kernel(const Arguments args
                      b0 = *reinterpret_cast<const uint32_t*>(at);
                      b1 = *reinterpret_cast<const uint32_t*>(at + 16);
                    });
-      }
-      wait_copies<1>();
-      named_barrier(kMain, kThreads);
-      for (int at = thread; i < tiles && at < kSums; at += kThreads) {
-        float sum = partial[at];
-#pragma unroll
-        for (int w = 1; w < kWarps; ++w) sum += partial[w * kSums + at];
-        __stcg(sums_of(i) + slab * kSums + at, sum);
-      }
-      // The last two warps make the factors of all tokens of tile j; warp 0, all sums of one of them.
-      bool own = kMode != Mode::kHead && slab < kTile && thread < 24;
-      if (j >= 0 && (own || thread >= kThreads - kTile * kStreams)) {
-        int at = thread - (kThreads - kTile * kStreams);
-        int token = own ? slab : at / kStreams, row = own ? (thread < 4 ? thread : thread + 1) : at % kStreams;
-        const float* from = own ? record + row : fetched + token * 8 + row;
-        const float* squares = fetched + token * 8 + 4;
-        int step = own ? kRecord : kSharedSums;
-        float sum = 0.0f, square = 0.0f;
-#pragma unroll 4
-        for (int s = 0; s < args.slabs; ++s) {
-          sum += from[s * step];
-          square += squares[s * kSharedSums];
-        }
-        int64_t at_token = first_token(j) + token;
-        if (!own) {
-          pre[at] = sigmoid(logit_of(args, sum, square, row)) + args.eps;
-        } else if (thread >= 4 && at_token < args.tokens) {
-          float logit = logit_of(args, sum, square, thread);
-          if (thread < 8) {
-            args.post[at_token * 4 + thread - 4] = 2.0f * sigmoid(logit);
-          } else {
-            logits[j % (2 * kBatch) * 16 + thread - 8] = logit;
-          }
-        }
-      }
-      __syncwarp();
-      if (i < tiles) arrive(kStored + i % kServers, kThreads + 32);
-      named_barrier(kMain, kThreads);
-      if (j >= 0) {
-        for (int token = warp; token < kTile; token += kWarps) {
-          collapse(args, stage_of(j), pre, first_token(j), slab, token, lane);
-        }
-      }
-      int64_t ready = i - 2;
-      if (ready < 0 || ready >= tiles) {
         named_barrier(kMain, kThreads);
-      } else {
-        named_barrier(kReady + ready % kServers, kThreads + 32);
-        const float* sums = sums_of(ready);
-        uint32_t to = smem_address(fetched);
-        for (int piece = thread; piece < args.slabs * kTile * 2; piece += kThreads) {
-          const float* from = sums + piece / 2 * kRecord + piece % 2 * 4;
-          copy16(to + piece * 16, from);
+        if (thread < kSums) {
+          float sum = partial[thread];
+#pragma unroll
+          for (int w = 1; w < kWarps; ++w) sum += partial[w * kSums + thread];
+          int slot = (group * kRing + i % kRing) * args.slabs + slab;
+          __stcg(args.ring + slot * kSums + thread, sum);
         }
-        if (kMode != Mode::kHead && slab < kTile && thread < args.slabs * 7) {
-          const float* from = sums + thread / 7 * kSums + slab * kRecord + thread % 7 * 4;
-          copy16(smem_address(record) + thread * 16, from);
-        }
+        __syncwarp();
+        arrive(kStored + i % kServers, kThreads + 32);
       }
-      commit_copies();
-      if (i + 2 < tiles) {
-        load_tile<kMode>(args, stage_of(i + 2), side_of(i + 2), first_token(i + 2), slab);
+      int j = i - L::kLag;
+      if (j >= 0) {
+        named_barrier(kReady + j % kRing, kThreads + 32);
+        collapse(args, stage_of(j), pre + j % kRing * kTile * kStreams, first_token(j), slab, warp, lane);
+        __syncwarp();
       }
-      commit_copies();
+      if (i + 1 < tiles) {
+        // The next step overwrites the partial sums, the copy engine what was collapsed.
+        if constexpr (kMode == Mode::kPostPre) fence_async_proxy();
+        named_barrier(kMain, kThreads);
+        if (warp == 0 && i + 2 < tiles) load(i + 2);
+      }
     }
     __syncthreads();
   }
