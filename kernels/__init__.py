@@ -16,6 +16,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the same exports, for type checkers and editors
     # isort: off
     from kernels.compress.api import compress as compress, compressor_rows as compressor_rows
+    from kernels.compress_decode.api import (
+        CompressPart as CompressPart,
+        compress_decode as compress_decode,
+    )
     from kernels.compress_insert.api import compress_insert as compress_insert
     from kernels.contract import KernelContractError as KernelContractError
     from kernels.grouped_gemm.api import (
@@ -23,7 +27,10 @@ if TYPE_CHECKING:  # the same exports, for type checkers and editors
         expert_ffn as expert_ffn,
         prepare_experts as prepare_experts,
     )
-    from kernels.grouped_output.api import grouped_output as grouped_output
+    from kernels.grouped_output.api import (
+        grouped_output as grouped_output,
+        grouped_output_quant as grouped_output_quant,
+    )
     from kernels.gumbel.api import gumbel_noise as gumbel_noise
     from kernels.hc.api import hc_head as hc_head, hc_post as hc_post, hc_pre as hc_pre
     from kernels.hc_norm.api import (
@@ -40,6 +47,10 @@ if TYPE_CHECKING:  # the same exports, for type checkers and editors
         PreparedWeight as PreparedWeight,
         linear as linear,
         prepare_weight as prepare_weight,
+    )
+    from kernels.linear.stack import (
+        StackedWeight as StackedWeight,
+        stack_weights as stack_weights,
     )
     from kernels.merge_lse.api import merge_lse as merge_lse
     from kernels.moe_gate.api import moe_gate as moe_gate
@@ -59,6 +70,7 @@ if TYPE_CHECKING:  # the same exports, for type checkers and editors
         PageLayout as PageLayout,
     )
     from kernels.q_norm_rope.api import q_norm_rope as q_norm_rope
+    from kernels.qkv_norm_rope.api import qkv_norm_rope as qkv_norm_rope
     from kernels.quant.api import (
         act_quant as act_quant,
         block_amax as block_amax,
@@ -81,6 +93,16 @@ if TYPE_CHECKING:  # the same exports, for type checkers and editors
     )
     from kernels.rms_norm.api import rms_norm as rms_norm
     from kernels.rope.api import apply_rope as apply_rope
+    from kernels.row_exchange.api import (
+        RowStream as RowStream,
+        pack_rows as pack_rows,
+        unpack_rows as unpack_rows,
+    )
+    from kernels.sample_partial.api import (
+        PartialSample as PartialSample,
+        merge_samples as merge_samples,
+        sample_partial as sample_partial,
+    )
     from kernels.sparse_attention.api import (
         EntryPages as EntryPages,
         WindowRing as WindowRing,
@@ -112,6 +134,8 @@ _EXPORTS: dict[str, str] = {
     "quant_fp8_weight": "kernels.quant.api",
     "PreparedWeight": "kernels.linear.api",
     "linear": "kernels.linear.api",
+    "StackedWeight": "kernels.linear.stack",
+    "stack_weights": "kernels.linear.stack",
     "prepare_weight": "kernels.linear.api",
     "PreparedExperts": "kernels.grouped_gemm.api",
     "expert_ffn": "kernels.grouped_gemm.api",
@@ -128,12 +152,15 @@ _EXPORTS: dict[str, str] = {
     "kv_norm_rope": "kernels.kv_norm_rope.api",
     "apply_rope": "kernels.rope.api",
     "kv_insert": "kernels.kv_insert.api",
+    "qkv_norm_rope": "kernels.qkv_norm_rope.api",
     "load_entries": "kernels.page_cache.api",
     "round_entries": "kernels.page_cache.api",
     "store_entries": "kernels.page_cache.api",
     "compress": "kernels.compress.api",
     "compressor_rows": "kernels.compress.api",
     "compress_insert": "kernels.compress_insert.api",
+    "CompressPart": "kernels.compress_decode.api",
+    "compress_decode": "kernels.compress_decode.api",
     "index_query": "kernels.index_query.api",
     "index_score": "kernels.index_score.api",
     "index_topk": "kernels.index_topk.api",
@@ -145,6 +172,7 @@ _EXPORTS: dict[str, str] = {
     "sparse_attention": "kernels.sparse_attention.api",
     "merge_lse": "kernels.merge_lse.api",
     "grouped_output": "kernels.grouped_output.api",
+    "grouped_output_quant": "kernels.grouped_output.api",
     "PermutedRows": "kernels.moe_permute.api",
     "moe_permute": "kernels.moe_permute.api",
     "moe_unpermute": "kernels.moe_permute.api",
@@ -156,6 +184,12 @@ _EXPORTS: dict[str, str] = {
     "hc_pre": "kernels.hc.api",
     "moe_gate": "kernels.moe_gate.api",
     "gumbel_noise": "kernels.gumbel.api",
+    "PartialSample": "kernels.sample_partial.api",
+    "sample_partial": "kernels.sample_partial.api",
+    "merge_samples": "kernels.sample_partial.api",
+    "RowStream": "kernels.row_exchange.api",
+    "pack_rows": "kernels.row_exchange.api",
+    "unpack_rows": "kernels.row_exchange.api",
 }
 
 __all__ = sorted(_EXPORTS)

@@ -3,7 +3,8 @@
 Every public op has a line in ``_FOLDERS``; every op has the torch reference. A faster
 implementation joins by a line in ``_FASTER``: the first one whose needs the device meets is chosen,
 for the life of the process. There is no fallback: if the chosen module cannot be imported or run,
-that is an error.
+that is an error. Optional backends (``kernels.backend``) stand ahead of the own kernel they use for
+what they do not serve, and join only where their exact version is installed.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import functools
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import torch
 
+from kernels.backend import DEEP_GEMM, FLASH_MLA, Backend
 from kernels.contract import KernelContractError
 from kernels.platform import Capability, capability
 
@@ -32,6 +34,7 @@ class Implementation:
         min_compute: smallest CUDA compute capability; (0, 0) for any.
         only_compute: the one capability it is compiled for (sm_90a code runs nowhere else), or None.
         why: a few words for the table that ``describe`` prints.
+        backend: the optional package it needs, or None.
     """
 
     name: str
@@ -40,10 +43,12 @@ class Implementation:
     min_compute: tuple[int, int] = (0, 0)
     only_compute: tuple[int, int] | None = None
     why: str
+    backend: Backend | None = None
 
     def runs_on(self, cap: Capability) -> bool:
-        """Whether the device meets the needs."""
+        """Whether the device, and what is installed, meets the needs."""
         fits = self.only_compute is None or cap.compute == self.only_compute
+        fits = fits and (self.backend is None or self.backend.usable())
         return fits and cap.device_type in self.device_types and cap.compute >= self.min_compute
 
 
@@ -72,12 +77,14 @@ _FOLDERS: dict[str, str] = {
     "q_norm_rope": "q_norm_rope",
     "kv_norm_rope": "kv_norm_rope",
     "kv_insert": "kv_insert",
+    "qkv_norm_rope": "qkv_norm_rope",
     "store_entries": "page_cache",
     "load_entries": "page_cache",
     "round_entries": "page_cache",
     "compressor_rows": "compress",
     "compress": "compress",
     "compress_insert": "compress_insert",
+    "compress_decode": "compress_decode",
     "index_query": "index_query",
     "index_score": "index_score",
     "index_topk": "index_topk",
@@ -86,6 +93,7 @@ _FOLDERS: dict[str, str] = {
     "sparse_attention": "sparse_attention",
     "merge_lse": "merge_lse",
     "grouped_output": "grouped_output",
+    "grouped_output_quant": "grouped_output",
     "hc_pre": "hc",
     "hc_post": "hc",
     "hc_head": "hc",
@@ -96,6 +104,10 @@ _FOLDERS: dict[str, str] = {
     "moe_permute": "moe_permute",
     "moe_unpermute": "moe_permute",
     "gumbel_noise": "gumbel",
+    "sample_partial": "sample_partial",
+    "merge_samples": "sample_partial",
+    "pack_rows": "row_exchange",
+    "unpack_rows": "row_exchange",
 }
 
 
@@ -122,6 +134,18 @@ def _triton(folder: str, why: str) -> tuple[Implementation, ...]:
             min_compute=(9, 0),
             why=why,
         ),
+    )
+
+
+def _optional(folder: str, name: str, backend: Backend, why: str) -> Implementation:
+    """A backend for Hopper."""
+    return Implementation(
+        name=name,
+        module=f"kernels.{folder}.{name}_impl",
+        device_types=("cuda",),
+        only_compute=(9, 0),
+        why=why,
+        backend=backend,
     )
 
 
@@ -189,8 +213,15 @@ def _function(op: str, device_type: str, index: int) -> Callable[..., Any]:
     table = _table(device_type, index)
     if op not in table:
         raise KernelContractError(f"op {op!r} is not in the dispatch table")
-    function: Callable[..., Any] = getattr(importlib.import_module(table[op].module), op)
+    function: Callable[..., Any] = getattr(_module(table[op]), op)
     return function
+
+
+def _module(choice: Implementation) -> ModuleType:
+    if choice.backend is None:
+        return importlib.import_module(choice.module)
+    with choice.backend.named("loading it"):
+        return importlib.import_module(choice.module)
 
 
 def table(device: torch.device) -> Mapping[str, Implementation]:
@@ -209,8 +240,23 @@ def kernel(op: str, device: torch.device) -> Callable[..., Any]:
 
 
 def describe(device: torch.device) -> list[tuple[str, str, str]]:
-    """``(op, implementation, why)`` for every op on ``device``, in table order."""
-    return [(op, choice.name, choice.why) for op, choice in table(device).items()]
+    """``(op, implementation, why)`` for every op on ``device``, in table order.
+
+    An optional backend that is installed in another version is named beside what runs instead.
+    """
+    lines = []
+    for op, choice in table(device).items():
+        others = (c.backend for c in _FASTER.get(op, ()) if device.type in c.device_types)
+        unused = [note for backend in others if backend and (note := backend.unused())]
+        lines.append((op, choice.name, "; ".join((choice.why, *unused))))
+    return lines
+
+
+def without_kernel(device: torch.device) -> list[str]:
+    """Ops that run their torch twin although ``device`` is a GPU: to be named at start."""
+    if device.type == "cpu":
+        return []
+    return [op for op, choice in table(device).items() if choice.name == "reference"]
 
 
 def build(device: torch.device) -> None:
@@ -218,8 +264,10 @@ def build(device: torch.device) -> None:
 
     Raises:
         BuildError: a source that the compiler refuses, or no compiler.
+        BackendError: an optional backend that is installed but does not work.
     """
-    for module in sorted({choice.module for choice in table(device).values()}):
-        compile_now = getattr(importlib.import_module(module), "build", None)
+    modules = {choice.module: choice for choice in table(device).values()}
+    for _, choice in sorted(modules.items()):
+        compile_now = getattr(_module(choice), "build", None)
         if compile_now is not None:
             compile_now()

@@ -1,4 +1,4 @@
-"""Torch twin of ``grouped_output``."""
+"""Torch twins of ``grouped_output`` and its FP8 form."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels.linear.api import PreparedWeight
 from kernels.numerics import wide_dtype, widen
+from kernels.quant_rows.api import QuantRows, quant_rows
 from kernels.rope.reference import apply_rope
 
 _CHUNK = 1 << 24  # values of o widened at once (64 MB in f32)
@@ -29,3 +30,10 @@ def grouped_output(
             torch.bmm(grouped, groups.transpose(1, 2)).transpose(0, 1).flatten(1).to(o.dtype)
         )
     return out
+
+
+def grouped_output_quant(
+    o: Tensor, positions: Tensor, inv_freq: Tensor, wo_a: PreparedWeight, num_groups: int
+) -> QuantRows:
+    """See ``kernels.grouped_output.api.grouped_output_quant``."""
+    return quant_rows(grouped_output(o, positions, inv_freq, wo_a, num_groups))

@@ -89,12 +89,14 @@ def _check_range(name: str, start: int, stop: int, size: int) -> None:
         )
 
 
-def prepare_weight(weight: BlockWeight) -> PreparedWeight:
+def prepare_weight(weight: BlockWeight, *, dequantize: bool = False) -> PreparedWeight:
     """Bring a slice of a checkpoint weight into the form that ``linear`` reads.
 
     Args:
         weight: e4m3 with E8M0 128x128 scales, packed FP4 (int8) with E8M0 1x32 scales, bf16 or
             float32.
+        dequantize: keep the values as a plain weight, which rounds no activations: for products
+            that the model takes with unrounded rows (``grouped_output``). Nothing is lost.
 
     Raises:
         KernelContractError: a dtype, a scale shape or an offset that the format does not allow.
@@ -111,7 +113,7 @@ def prepare_weight(weight: BlockWeight) -> PreparedWeight:
             "prepare_weight: scale: expected one for e4m3 and int8 data, none for bf16 and"
             f" float32, got {got} with {str(data.dtype).removeprefix('torch.')}"
         )
-    out: PreparedWeight = kernel("prepare_weight", data.device)(weight)
+    out: PreparedWeight = kernel("prepare_weight", data.device)(weight, dequantize=dequantize)
     return out
 
 

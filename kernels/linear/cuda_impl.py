@@ -19,15 +19,25 @@ from kernels.weight import BlockWeight
 _FLOATS = (torch.float32, torch.bfloat16)
 
 
-def prepare_weight(weight: BlockWeight) -> PreparedWeight:
+def prepare_weight(weight: BlockWeight, *, dequantize: bool = False) -> PreparedWeight:
     """See ``kernels.linear.api.prepare_weight``.
 
     FP8 and plain weights are kept as they are (no copy). FP4 becomes FP8 where that loses nothing,
-    and dequantised float32 where it would.
+    and dequantised float32 where it would. ``dequantize`` makes bf16 values, float32 ones where bf16
+    cannot hold them (scales near the ends of E8M0); it reads its verdict on the host.
     """
     data, scale = weight.data, weight.scale
     made: Fp8Weight | PlainWeight | None = None
-    if scale is None:
+    if scale is not None and dequantize:
+        values = reference.prepare_weight(weight).matrix
+        narrow = values.bfloat16()
+        exact = torch.equal(narrow.float(), values)
+        made = PlainWeight(
+            data=narrow if exact else values,
+            row_offset=weight.row_offset,
+            col_offset=weight.col_offset,
+        )
+    elif scale is None:
         made = PlainWeight(data=data, row_offset=weight.row_offset, col_offset=weight.col_offset)
     elif data.dtype == torch.float8_e4m3fn:
         made = Fp8Weight(

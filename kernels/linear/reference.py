@@ -13,7 +13,7 @@ from kernels.quant.api import dequant_fp4, dequant_fp8, fake_quant_fp8
 from kernels.weight import BlockWeight
 
 
-def prepare_weight(weight: BlockWeight) -> PreparedWeight:
+def prepare_weight(weight: BlockWeight, *, dequantize: bool = False) -> PreparedWeight:
     """See ``kernels.linear.api.prepare_weight``."""
     data, scale = weight.data, weight.scale
     if scale is None:
@@ -27,6 +27,7 @@ def prepare_weight(weight: BlockWeight) -> PreparedWeight:
     else:
         matrix = dequant_fp8(data, scale, weight.row_offset, weight.col_offset)
         kind = WeightKind.FP8
+    kind = WeightKind.PLAIN if dequantize else kind
     return PreparedWeight(
         matrix=matrix, kind=kind, row_offset=weight.row_offset, col_offset=weight.col_offset
     )

@@ -3,7 +3,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import BlockWeight, KernelContractError, PreparedWeight, grouped_output, prepare_weight
+from kernels import (
+    BlockWeight,
+    KernelContractError,
+    PreparedWeight,
+    grouped_output,
+    grouped_output_quant,
+    linear,
+    prepare_weight,
+    quant_rows,
+)
 from kernels.quant.api import quant_fp8_weight
 from tests.kernels.oracle64 import (
     DTYPES,
@@ -63,12 +72,42 @@ def test_strided_and_zero_rows() -> None:
     assert grouped_output(o[:0], positions[:0], inv_freq, wo_a, 2).shape == (0, 4)
 
 
+@pytest.mark.parametrize("rank", [128, 100])
+def test_fp8_form(rank: int) -> None:
+    """Its values are what AQ makes of the plain result, whatever the columns of a group."""
+    o, positions, inv_freq = torch.randn(3, 4, 128).bfloat16(), torch.arange(3), frequencies(64)
+    wo_a = weight(2 * rank, 256)
+    plain = grouped_output(o, positions, inv_freq, wo_a, 2)
+    rows = grouped_output_quant(o, positions, inv_freq, wo_a, 2)
+    want = quant_rows(plain)
+    assert torch.equal(rows.q.float(), want.q.float())
+    assert torch.equal(rows.scale, want.scale)
+    error = (rows.values() - plain.float()).norm() / plain.float().norm()
+    assert 0 < error < 0.05
+    assert grouped_output_quant(o[:0], positions[:0], inv_freq, wo_a, 2).shape == (0, 2 * rank)
+
+
+def test_a_dequantised_weight_is_the_same_weight_without_rounding() -> None:
+    data, scale = quant_fp8_weight(torch.randn(256, 256))
+    block = BlockWeight(data, scale)
+    wo_a, plain = prepare_weight(block), prepare_weight(block, dequantize=True)
+    assert torch.equal(plain.matrix.float(), wo_a.matrix)
+    o, positions, inv_freq = torch.randn(3, 4, 128), torch.arange(3), frequencies(64)
+    want = grouped_output(o, positions, inv_freq, wo_a, 2)
+    assert torch.equal(grouped_output(o, positions, inv_freq, plain, 2), want)
+    x = torch.randn(2, 256)
+    assert torch.equal(linear(x, plain, quantize=True), linear(x, wo_a, quantize=False))
+    assert not torch.equal(linear(x, wo_a, quantize=True), linear(x, wo_a, quantize=False))
+
+
 def test_contract() -> None:
     o, positions, inv_freq = torch.zeros(2, 4, 128), torch.arange(2), frequencies(64)
     with pytest.raises(KernelContractError, match="num_groups 3"):
         grouped_output(o, positions, inv_freq, weight(6, 128), 3)
-    with pytest.raises(KernelContractError, match="wo_a"):
+    with pytest.raises(KernelContractError, match="grouped_output: wo_a"):
         grouped_output(o, positions, inv_freq, weight(6, 128), 2)
+    with pytest.raises(KernelContractError, match="grouped_output_quant: wo_a"):
+        grouped_output_quant(o, positions, inv_freq, weight(6, 128), 2)
     with pytest.raises(KernelContractError, match="positions"):
         grouped_output(o, positions[:1], inv_freq, weight(6, 256), 2)
 
