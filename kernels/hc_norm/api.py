@@ -142,8 +142,8 @@ def _check(
         ("fn", fn, (mixes, r * dim), torch.float32),
         ("scale", scale, (3,), torch.float32),
         ("base", base, (mixes,), torch.float32),
-        ("norm_weight", norm_weight, (dim,), _FLOATS),
     ):
         check_tensor(f"{op}: {name}", tensor, shape=shape, dtype=dtype, device=x.device)
+    check_tensor(f"{op}: norm_weight", norm_weight, shape=(dim,), dtype=_FLOATS, device=x.device)
     if iters < 1:
         raise KernelContractError(f"{op}: iters: expected >= 1, got {iters}")
