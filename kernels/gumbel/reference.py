@@ -31,8 +31,13 @@ def _mix(x: Tensor) -> Tensor:
 
 def gumbel_noise(seeds: Tensor, steps: Tensor, vocab: int, device: torch.device) -> Tensor:
     """See ``kernels.gumbel.api.gumbel_noise``."""
-    key = _mix(_mix(seeds.to(device) + _WEYL) ^ (steps.to(device) * _STEP))
-    counter = torch.arange(1, vocab + 1, device=device) * _WEYL
+    return gumbel_columns(seeds.to(device), steps.to(device), 0, vocab)
+
+
+def gumbel_columns(seeds: Tensor, steps: Tensor, first: int, count: int) -> Tensor:
+    """Columns ``first .. first + count - 1`` of the noise, float32 [N, count]."""
+    key = _mix(_mix(seeds + _WEYL) ^ (steps * _STEP))
+    counter = torch.arange(first + 1, first + count + 1, device=seeds.device) * _WEYL
     bits = _shift_right(_mix(key.unsqueeze(1) + counter), 12)
     # Half a step off both ends: u is in (0, 1) and exact in float64, so both logarithms are finite.
     u = (bits.double() + 0.5) * 2.0**-52

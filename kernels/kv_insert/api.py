@@ -48,24 +48,44 @@ def kv_insert(
             the CPU).
     """
     check_tensor("kv_insert: kv", kv, shape=(None, None), dtype=_FLOATS)
-    check_tensor("kv_insert: weight", weight, shape=(kv.shape[1],), dtype=_FLOATS, device=kv.device)
-    check_rope_inputs("kv_insert", kv, positions, inv_freq)
-    check_nope_blocks("kv_insert", kv.shape[1], inv_freq, quantize)
-    rope_dim = 2 * inv_freq.numel()
-    if layout.kind is not EntryKind.LATENT or layout.rope_dim != rope_dim:
-        raise KernelContractError(
-            f"kv_insert: layout: expected latent entries with {rope_dim} rotary dims, got"
-            f" {layout.kind.value} entries with {layout.rope_dim}"
-        )
-    if layout.head_dim != kv.shape[1]:
-        raise KernelContractError(
-            f"kv_insert: layout: expected head_dim {kv.shape[1]}, got {layout.head_dim}"
-        )
-    check_pool("kv_insert", pool, layout, kv.device)
-    check_tensor(
-        "kv_insert: slots", slots, shape=(kv.shape[0],), dtype=torch.int64, device=kv.device
+    check_latent_insert(
+        "kv_insert", kv, weight, positions, inv_freq, pool, layout, slots, quantize=quantize
     )
     out: Tensor = kernel("kv_insert", kv.device)(
         kv, weight, positions, inv_freq, eps, pool, layout, slots, quantize=quantize
     )
     return out
+
+
+def check_latent_insert(
+    op: str,
+    kv: Tensor,
+    weight: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor,
+    pool: Tensor,
+    layout: PageLayout,
+    slots: Tensor,
+    *,
+    quantize: bool,
+) -> None:
+    """Check everything that goes with latents ``kv`` [T, d].
+
+    Raises:
+        KernelContractError: see ``kv_insert``.
+    """
+    check_tensor(f"{op}: weight", weight, shape=(kv.shape[1],), dtype=_FLOATS, device=kv.device)
+    check_rope_inputs(op, kv, positions, inv_freq)
+    check_nope_blocks(op, kv.shape[1], inv_freq, quantize)
+    rope_dim = 2 * inv_freq.numel()
+    if layout.kind is not EntryKind.LATENT or layout.rope_dim != rope_dim:
+        raise KernelContractError(
+            f"{op}: layout: expected latent entries with {rope_dim} rotary dims, got"
+            f" {layout.kind.value} entries with {layout.rope_dim}"
+        )
+    if layout.head_dim != kv.shape[1]:
+        raise KernelContractError(
+            f"{op}: layout: expected head_dim {kv.shape[1]}, got {layout.head_dim}"
+        )
+    check_pool(op, pool, layout, kv.device)
+    check_tensor(f"{op}: slots", slots, shape=(kv.shape[0],), dtype=torch.int64, device=kv.device)

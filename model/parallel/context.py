@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels import RowStream, pack_rows, unpack_rows
 from model.forward_batch import PickPlan, RowExchange, ScratchPlan
 from model.parallel.collectives import Group
 
@@ -31,6 +32,15 @@ def exchange_rows(cp: Group, local: Tensor, plan: RowExchange, carried: Tensor) 
     if carried.shape[0]:
         parts.append(carried)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def exchange_streams(cp: Group, streams: tuple[RowStream, ...]) -> tuple[Tensor, ...]:
+    """Row buffers ``[local | gathered | carried]`` of several streams through one all-gather.
+
+    Each buffer equals ``exchange_rows`` of its stream. Entries go the same way: ``keep_local=False``
+    and no ``send`` gives ``gather_entries``.
+    """
+    return unpack_rows(cp.all_gather(pack_rows(streams)), streams)
 
 
 def gather_entries(cp: Group, entries: Tensor, counts: Sequence[int] | None) -> Tensor:

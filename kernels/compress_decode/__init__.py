@@ -1,0 +1,1 @@
+"""All that the compressors of a layer do in a decode step."""

@@ -1,0 +1,1 @@
+"""Rows of several streams through one collective."""
