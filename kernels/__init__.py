@@ -54,6 +54,13 @@ if TYPE_CHECKING:  # the same exports, for type checkers and editors
     )
     from kernels.merge_lse.api import merge_lse as merge_lse
     from kernels.moe_gate.api import moe_gate as moe_gate
+    from kernels.moe_permute.api import (
+        PermutedQuantRows as PermutedQuantRows,
+        PermutedRows as PermutedRows,
+        moe_permute as moe_permute,
+        moe_permute_quant as moe_permute_quant,
+        moe_unpermute as moe_unpermute,
+    )
     from kernels.numerics import (
         Numerics as Numerics,
         wide_dtype as wide_dtype,
@@ -174,8 +181,7 @@ _EXPORTS: dict[str, str] = {
     "grouped_output": "kernels.grouped_output.api",
     "grouped_output_quant": "kernels.grouped_output.api",
     "PermutedRows": "kernels.moe_permute.api",
-    "moe_permute": "kernels.moe_permute.api",
-    "moe_unpermute": "kernels.moe_permute.api",
+    "PermutedQuantRows": "kernels.moe_permute.api",
     "hc_post_pre": "kernels.hc_post_pre.api",
     "hc_pre_norm": "kernels.hc_norm.api",
     "hc_post_pre_norm": "kernels.hc_norm.api",
@@ -183,6 +189,9 @@ _EXPORTS: dict[str, str] = {
     "hc_post": "kernels.hc.api",
     "hc_pre": "kernels.hc.api",
     "moe_gate": "kernels.moe_gate.api",
+    "moe_permute": "kernels.moe_permute.api",
+    "moe_permute_quant": "kernels.moe_permute.api",
+    "moe_unpermute": "kernels.moe_permute.api",
     "gumbel_noise": "kernels.gumbel.api",
     "PartialSample": "kernels.sample_partial.api",
     "sample_partial": "kernels.sample_partial.api",

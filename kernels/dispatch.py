@@ -102,6 +102,7 @@ _FOLDERS: dict[str, str] = {
     "hc_post_pre_norm": "hc_norm",
     "moe_gate": "moe_gate",
     "moe_permute": "moe_permute",
+    "moe_permute_quant": "moe_permute",
     "moe_unpermute": "moe_permute",
     "gumbel_noise": "gumbel",
     "sample_partial": "sample_partial",

@@ -99,15 +99,15 @@ def expert_ffn(
 
     Args:
         rows: [N, D] float32 or bfloat16, sorted by local expert.
-        offsets: int64 [E_local + 1], ascending from 0 to N; expert e owns the rows from offsets[e]
-            to offsets[e + 1].
+        offsets: int64 [E_local + 1], ascending from 0 to at most N; expert e owns the rows from
+            offsets[e] to offsets[e + 1]. Rows from offsets[-1] on are room that nobody uses.
         row_weight: float32 [N], routing weights.
         experts: the weights.
         limit: SwiGLU clamp, > 0.
         quantize: the official rounding steps are on.
 
     Returns:
-        [N, D] in ``rows.dtype``, same order.
+        [N, D] in ``rows.dtype``, same order; nothing that may be used from offsets[-1] on.
     """
     dtypes = (torch.float32, torch.bfloat16)
     device = experts.device

@@ -1,4 +1,4 @@
-"""``moe_permute`` and ``moe_unpermute``: rows grouped by local expert, and added up again.
+"""``moe_permute``, ``moe_permute_quant`` and ``moe_unpermute``: rows grouped by local expert, and added up again.
 
 Nothing here needs a number from the device on the host: buffers have room for every routed row.
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.contract import KernelContractError, check_tensor
 from kernels.dispatch import kernel
+from kernels.quant_rows.api import QuantRows
 
 _FLOATS = (torch.float32, torch.bfloat16)
 
@@ -33,6 +34,16 @@ class PermutedRows:
     place: Tensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PermutedQuantRows:
+    """``PermutedRows`` whose rows are in FP8."""
+
+    rows: QuantRows
+    offsets: Tensor
+    row_weight: Tensor
+    place: Tensor
+
+
 def moe_permute(
     x: Tensor, ids: Tensor, weights: Tensor, *, first_expert: int, num_local: int
 ) -> PermutedRows:
@@ -49,11 +60,42 @@ def moe_permute(
         KernelContractError: wrong shape, dtype, device or expert range.
     """
     check_tensor("moe_permute: x", x, shape=(None, None), dtype=_FLOATS)
-    check_tensor(
-        "moe_permute: ids", ids, shape=(x.shape[0], None), dtype=torch.int64, device=x.device
+    _check_routes("moe_permute", x, ids, weights, first_expert, num_local)
+    out: PermutedRows = kernel("moe_permute", x.device)(
+        x, ids, weights, first_expert=first_expert, num_local=num_local
     )
+    return out
+
+
+def moe_permute_quant(
+    rows: QuantRows, ids: Tensor, weights: Tensor, *, first_expert: int, num_local: int
+) -> PermutedQuantRows:
+    """``moe_permute`` of rows that are FP8 already; codes and scales are copied as they are.
+
+    Args:
+        rows: [T, D] with ``col_offset`` 0.
+        ids, weights, first_expert, num_local: as in ``moe_permute``.
+
+    Raises:
+        KernelContractError: wrong shape, dtype, device or expert range, or another ``col_offset``.
+    """
+    if rows.col_offset:
+        raise KernelContractError(
+            f"moe_permute_quant: rows: expected col_offset 0, got {rows.col_offset}"
+        )
+    _check_routes("moe_permute_quant", rows.q, ids, weights, first_expert, num_local)
+    out: PermutedQuantRows = kernel("moe_permute_quant", rows.device)(
+        rows, ids, weights, first_expert=first_expert, num_local=num_local
+    )
+    return out
+
+
+def _check_routes(
+    op: str, x: Tensor, ids: Tensor, weights: Tensor, first_expert: int, num_local: int
+) -> None:
+    check_tensor(f"{op}: ids", ids, shape=(x.shape[0], None), dtype=torch.int64, device=x.device)
     check_tensor(
-        "moe_permute: weights",
+        f"{op}: weights",
         weights,
         shape=tuple(ids.shape),
         dtype=torch.float32,
@@ -61,25 +103,21 @@ def moe_permute(
     )
     if first_expert < 0 or num_local < 1:
         raise KernelContractError(
-            f"moe_permute: expected first_expert >= 0 and num_local >= 1, got {first_expert}"
+            f"{op}: expected first_expert >= 0 and num_local >= 1, got {first_expert}"
             f" and {num_local}"
         )
-    out: PermutedRows = kernel("moe_permute", x.device)(
-        x, ids, weights, first_expert=first_expert, num_local=num_local
-    )
-    return out
 
 
 def moe_unpermute(
     rows: Tensor, place: Tensor, shared: Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Add up each token's rows, float32, in the order of its choices, then ``shared``.
+    """Add up each token's rows, wide, in the order of its choices, then ``shared``.
 
     Args:
         rows: results [N, D] float32 or bfloat16, N > every place.
         place: int64 [T, K] of ``moe_permute``; -1 adds nothing.
         shared: [T, D] float32 or bfloat16, added last; None for none.
-        dtype: float32 or bfloat16, of the sums.
+        dtype: of the result; sums are float32, and float64 for float64 rows.
 
     Returns:
         [T, D] in ``dtype``.
@@ -96,7 +134,9 @@ def moe_unpermute(
         check_tensor(
             "moe_unpermute: shared", shared, shape=shape, dtype=_FLOATS, device=rows.device
         )
-    if dtype not in _FLOATS:
-        raise KernelContractError(f"moe_unpermute: dtype {dtype}, allowed: float32, bfloat16")
+    if dtype not in (*_FLOATS, torch.float64):
+        raise KernelContractError(
+            f"moe_unpermute: dtype {dtype}, allowed: float32, bfloat16, float64"
+        )
     out: Tensor = kernel("moe_unpermute", rows.device)(rows, place, shared, dtype)
     return out
