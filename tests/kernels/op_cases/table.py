@@ -1,0 +1,23 @@
+"""Every op of the dispatch table: its cases, or why it has none."""
+
+from __future__ import annotations
+
+from kernels.dispatch import _FOLDERS
+from tests.kernels.op_cases import attention, fused, products, rows
+from tests.kernels.op_cases.base import Case
+
+CASES: tuple[Case, ...] = tuple(
+    case
+    for part in (rows, products, attention, fused)
+    for case in part.cases()
+    if case.op in _FOLDERS
+)
+
+# Op -> why no batch of rows can change its result.
+EXEMPT: dict[str, str] = {
+    "dequant_fp4": "runs at load time on weights, value by value; there is no batch",
+    "dequant_fp8": "runs at load time on weights, value by value; there is no batch",
+    "quant_fp8_weight": "makes weights for tests and conversions; there is no batch",
+    "prepare_weight": "runs at load time; what it makes is proved by the cases of linear",
+    "prepare_experts": "runs at load time; what it makes is proved by the cases of expert_ffn",
+}
