@@ -159,15 +159,24 @@ _FASTER: dict[str, tuple[Implementation, ...]] = {
     "linear": _hopper("linear", "FP8 tensor cores; plain weights by cuBLAS"),
     "prepare_experts": _hopper("grouped_gemm", "FP8 stacks; FP4 re-encoded where exact"),
     "expert_ffn": _hopper("grouped_gemm", "two grouped FP8 products"),
-    "linear_quant": _hopper("quant_gemm", "FP8 tensor cores"),
+    "linear_quant": (
+        _optional("quant_gemm", "deep_gemm", DEEP_GEMM, "bf16 results of many rows; else cuda"),
+        *_hopper("quant_gemm", "FP8 tensor cores"),
+    ),
     "expert_ffn_quant": _hopper("quant_gemm", "two grouped FP8 products"),
-    "index_score": _hopper("index_score", "FP8 tensor cores; bf16 q of 64 x 128, else the twin"),
+    "index_score": (
+        _optional("index_score", "deep_gemm", DEEP_GEMM, "long prefill of one sequence; else cuda"),
+        *_hopper("index_score", "FP8 tensor cores; bf16 q of 64 x 128, else the twin"),
+    ),
     "index_topk": _hopper(
         "index_topk", "scores stay on the GPU; bf16 q of 64 x 128, else the twin"
     ),
     "topk_select": _hopper("topk", "one pass over f32 rows; f64 runs the twin"),
     "topk_merge": _hopper("topk", "f32, up to 8192 candidates; else the twin"),
-    "sparse_attention": _hopper("sparse_attention", "BF16 tensor cores; bf16 q, d 512, else twin"),
+    "sparse_attention": (
+        _optional("sparse_attention", "flash_mla", FLASH_MLA, "decode of 64/128 heads; else cuda"),
+        *_hopper("sparse_attention", "BF16 tensor cores; bf16 q, d 512, else twin"),
+    ),
     "merge_lse": _hopper("merge_lse", "one pass; f64 runs the twin"),
     "swiglu": _triton("swiglu", "one pass; f64 runs the twin"),
     "rms_norm": _triton("rms_norm", "one pass; f64 runs the twin"),

@@ -1,0 +1,142 @@
+"""``sparse_attention`` in decode by FlashMLA (package ``sglang-kernel``), else by the own kernels.
+
+FlashMLA reads the same fp8 pages: the ring as its cache, the compressed entries as its extra cache,
+both through int32 slots that one small kernel makes from the op's tables. It serves the calls that
+``serves`` names. How it splits a row's keys depends on the batch: a row's bits do too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels.backend import FLASH_MLA
+from kernels.nvcc import check_launch, load_library, pointer, stream
+from kernels.page_layout import CacheDtype, PageLayout
+from kernels.sparse_attention import cuda_impl
+from kernels.sparse_attention.api import EntryPages, WindowRing, WindowRows
+
+_SOURCE = Path(__file__).parent / "flash_mla" / "slots.cu"
+_LIBRARY = "sgl_kernel/flashmla_ops.abi3.so"
+_HEADS = (64, 128)  # what it is compiled for
+_TILE = 64  # keys; lists of slots are whole tiles
+_SLOTS = 1 << 31  # slots are int32
+
+with FLASH_MLA.named(f"loading {_LIBRARY}"):
+    torch.ops.load_library(str(FLASH_MLA.file(_LIBRARY)))  # type: ignore[no-untyped-call]
+
+
+def build() -> None:
+    """Compile the own kernels and the one that makes slots; FlashMLA itself is compiled already."""
+    cuda_impl.build()
+    load_library(_SOURCE)
+
+
+def serves(
+    q: Tensor, window: WindowRows | WindowRing | None, entries: EntryPages | None, scale: float
+) -> bool:
+    """Whether a call goes to FlashMLA: a decode that it takes, where it was measured to be faster."""
+    if isinstance(window, WindowRows) or not scale > 0 or q.dtype is not torch.bfloat16:
+        return False
+    sources = [x for x in (window, entries) if x is not None]
+    return (
+        bool(sources)
+        and q.shape[0] > 0
+        and q.shape[1] in _HEADS
+        and q.shape[2] == 512
+        and all(_readable(x.pool, x.layout) for x in sources)
+        and all(_width(x) > 0 for x in sources)
+    )
+
+
+def sparse_attention(
+    q: Tensor,
+    window: WindowRows | WindowRing | None,
+    entries: EntryPages | None,
+    *,
+    sink: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See ``kernels.sparse_attention.api.sparse_attention``."""
+    if isinstance(window, WindowRows) or not serves(q, window, entries, scale):
+        return cuda_impl.sparse_attention(q, window, entries, sink=sink, scale=scale)
+    rows, heads, dim = q.shape
+    ring_slots, entry_slots, lengths = _slots(rows, window, entries, q.device)
+    ring = None if window is None else _pages(window.pool, window.layout)
+    pages = None if entries is None else _pages(entries.pool, entries.layout)
+    # Without a ring the entries are the cache itself.
+    first = (ring, ring_slots, None) if ring is not None else (pages, entry_slots, lengths)
+    extra = (pages, entry_slots, lengths) if ring is not None and pages is not None else (None,) * 3
+    with FLASH_MLA.named("sparse_decode_fwd"):
+        o, lse, _, _ = torch.ops.sgl_kernel.sparse_decode_fwd.default(
+            q.contiguous()[:, None], *first, sink, None, None, *extra, dim, scale
+        )
+    lse = lse.view(rows, heads)
+    # It reports +inf for a row without keys, whose result it leaves zero.
+    return o.view(rows, heads, dim), lse.masked_fill(lse == float("inf"), float("-inf"))
+
+
+def _slots(
+    rows: int, window: WindowRing | None, entries: EntryPages | None, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Slots of the ring [T, 1, W'] and of the entries [T, 1, K'], and how many of those to walk."""
+    wide, count = (0 if x is None else _width(x) for x in (window, entries))
+    ring = torch.empty(rows, 1, -(-wide // _TILE) * _TILE, dtype=torch.int32, device=device)
+    chosen = torch.empty(rows, 1, -(-count // _TILE) * _TILE, dtype=torch.int32, device=device)
+    lengths = torch.empty(rows, dtype=torch.int32, device=device)
+    slots = None if window is None else window.slots
+    index = table = seq = limit = None
+    per_page = 1
+    if entries is not None:
+        index, table, per_page = entries.index, entries.block_table, entries.layout.entries_per_page
+        seq, limit = entries.row_seq, entries.num_entries
+    code = _library().causeway_decode_slots(
+        *(pointer(slots), 0 if slots is None else slots.stride(0), wide, pointer(ring)),
+        *(ring.shape[2], pointer(index), 0 if index is None else index.stride(0), count),
+        *(pointer(seq), pointer(limit), pointer(table), 0 if table is None else table.stride(0)),
+        *(per_page, pointer(chosen), chosen.shape[2], pointer(lengths), rows, stream(ring)),
+    )
+    check_launch("sparse_attention: slots", code)
+    return ring, chosen, lengths
+
+
+def _width(keys: WindowRing | EntryPages) -> int:
+    """Keys that a row may have."""
+    if isinstance(keys, WindowRing):
+        return keys.slots.shape[1]
+    if keys.index is not None:
+        return keys.index.shape[1]
+    return keys.block_table.shape[1] * keys.layout.entries_per_page
+
+
+def _readable(pool: Tensor, layout: PageLayout) -> bool:
+    return (
+        layout.dtype is CacheDtype.FP8
+        and (layout.head_dim, layout.rope_dim) == (512, 64)
+        and 0 < pool.shape[0] * layout.entries_per_page < _SLOTS
+        and pool.data_ptr() % 16 == 0
+        and pool.stride(0) % layout.alignment == 0
+    )
+
+
+def _pages(pool: Tensor, layout: PageLayout) -> Tensor:
+    """The pool as [pages, entries, 1, bytes]; its strides say where pages start, no more."""
+    entry = layout.entry_bytes
+    return pool.as_strided(
+        (pool.shape[0], layout.entries_per_page, 1, entry), (pool.stride(0), entry, entry, 1)
+    )
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = load_library(_SOURCE)
+    address, number, wide = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    library.causeway_decode_slots.argtypes = (
+        *(address, wide, number, address, number, address, wide, number),
+        *(address, address, address, wide, number, address, number, address, number, address),
+    )
+    return library

@@ -1,0 +1,167 @@
+"""Optional backends on the GPU: against the twins with the ops' bounds, and against the own kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import BlockWeight, CacheDtype, EntryKind, QuantRows, quant_fp8_weight, quant_rows
+from kernels.backend import DEEP_GEMM, FLASH_MLA, Backend
+from kernels.index_score import cuda_impl as own_score
+from kernels.index_score import reference as score_reference
+from kernels.linear.cuda_impl import prepare_weight
+from kernels.page_layout import PageLayout
+from kernels.quant.reference import fake_quant_fp4
+from kernels.quant_gemm import cuda_impl as own_gemm
+from kernels.sparse_attention import cuda_impl as own_attention
+from kernels.sparse_attention import reference as attention_reference
+from tests.kernels.attention_gpu import error, layout, random_entries, random_pool, random_ring
+
+pytestmark = pytest.mark.gpu
+GEMM_BOUND, SCORE_BOUND, O_BOUND, LSE_BOUND = 3e-3, 1e-3, 4e-3, 1e-4
+SCALE = 512**-0.5
+
+
+def implementation(module: str, backend: Backend) -> ModuleType:
+    """The module, or a skip where the package is not installed in its pinned version."""
+    if not backend.usable():
+        pytest.skip(f"{backend} is not installed (found: {backend.found()})")
+    return importlib.import_module(module)
+
+
+@pytest.mark.parametrize(("n", "k"), [(8192, 1024), (4096, 4096), (2048, 7168)])
+def test_deep_gemm_products_have_the_own_kernels_bits(n: int, k: int) -> None:
+    gemm = implementation("kernels.quant_gemm.deep_gemm_impl", DEEP_GEMM)
+    w = prepare_weight(BlockWeight(*quant_fp8_weight(torch.randn(n, k, device="cuda"))))
+    heights = gemm.FASTER[n, k]
+    whole = quant_rows(torch.randn(heights[0] + heights[-1] + 77, k, device="cuda"))
+    for count in (heights[0], heights[-1] + 5, whole.shape[0], heights[-1] - 1, 0):
+        rows = QuantRows(q=whole.q[:count], scale=whole.scale[:count])
+        got = gemm.linear_quant(rows, w, out_dtype=torch.bfloat16)
+        assert torch.equal(got, own_gemm.linear_quant(rows, w, out_dtype=torch.bfloat16))
+    part = QuantRows(q=whole.q[: heights[-1]], scale=whole.scale[: heights[-1]])
+    got = gemm.linear_quant(part, w, out_dtype=torch.bfloat16)
+    want = part.values().double() @ w.matrix.double().t()
+    assert float((got.double() - want).norm() / want.norm()) < GEMM_BOUND
+    half = gemm.linear_quant(part, w.rows(0, n // 2), out_dtype=torch.float32)
+    assert error(half, want[:, : n // 2]) < GEMM_BOUND
+
+
+def test_deep_gemm_reads_neither_padding_nor_other_rows() -> None:
+    gemm = implementation("kernels.quant_gemm.deep_gemm_impl", DEEP_GEMM)
+    n, k = 8192, 1024
+    w = prepare_weight(BlockWeight(*quant_fp8_weight(torch.randn(n, k, device="cuda"))))
+    height = gemm.FASTER[n, k][-1]
+    rows = quant_rows(torch.randn(height, k, device="cuda"))
+    wide = torch.full((height + 200, k + 64), 0x7F, dtype=torch.uint8, device="cuda")
+    scale = torch.full((height + 200, 32), 0xFF, dtype=torch.uint8, device="cuda")
+    wide[:height, :k] = rows.q.view(torch.uint8)
+    scale[:height, : k // 128] = rows.scale
+    poisoned = QuantRows(
+        q=wide.view(torch.float8_e4m3fn)[:height, :k], scale=scale[:height, : k // 128]
+    )
+    got = gemm.linear_quant(poisoned, w, out_dtype=torch.bfloat16)
+    assert torch.equal(got, gemm.linear_quant(rows, w, out_dtype=torch.bfloat16))
+    assert torch.isfinite(got).all()
+
+
+Score = tuple[Tensor, Tensor, Tensor, PageLayout, Tensor, Tensor, Tensor]
+
+
+def score_inputs(rows: int, blocks: int, per_page: int, pad: int = 0) -> Score:
+    """One sequence, FP4-rounded queries that see any number of entries."""
+    q = torch.randn(rows, 64, 128, device="cuda").to(torch.bfloat16)
+    q *= torch.exp2(torch.randint(-6, 7, (rows, 64, 1), device="cuda")).to(torch.bfloat16)
+    shape = layout(EntryKind.INDEX, CacheDtype.FP8, per_page)
+    pool = random_pool(shape, blocks + 3, pad)
+    table = torch.randperm(blocks + 3, device="cuda")[None, :blocks].to(torch.int32).contiguous()
+    seq = torch.zeros(rows, dtype=torch.int64, device="cuda")
+    seq[5::17] = -1
+    num = torch.randint(0, blocks * per_page + 1, (rows,), device="cuda")
+    num[3::11] = 0
+    w = torch.randn(rows, 64, device="cuda")
+    return fake_quant_fp4(q), w, pool, shape, table, seq, num
+
+
+@pytest.mark.parametrize(
+    ("rows", "per_page", "pad"), [(1024, 64, 0), (1100, 100, 8), (2049, 64, 4)]
+)
+def test_deep_gemm_scores(rows: int, per_page: int, pad: int) -> None:
+    score = implementation("kernels.index_score.deep_gemm_impl", DEEP_GEMM)
+    args = score_inputs(rows, 21, per_page, pad)
+    got, own = score.index_score(*args), own_score.index_score(*args)
+    want = score_reference.index_score(args[0].float(), *args[1:])
+    assert got.shape == want.shape
+    assert error(got, want) < SCORE_BOUND
+    assert not torch.equal(got, own)  # the sum over heads has another order: DeepGEMM did run
+    stride = got.stride(0)
+    assert stride % 256 == 0
+    assert stride > got.shape[1]
+    beyond = got.as_strided((rows, stride - got.shape[1]), (stride, 1), got.shape[1])
+    assert (beyond == torch.inf).all()
+
+
+@pytest.mark.parametrize("change", ["inexact", "hole", "two sequences", "few rows", "no entry"])
+def test_what_deep_gemm_does_not_score_goes_to_the_own_kernel(change: str) -> None:
+    score = implementation("kernels.index_score.deep_gemm_impl", DEEP_GEMM)
+    q, w, pool, shape, table, seq, num = score_inputs(1024, 9, 64)
+    if change == "inexact":
+        q[1000, 63] = torch.randn(128, device="cuda").to(torch.bfloat16)
+    elif change == "hole":
+        table[0, 7] = -1
+        num[17] = 9 * 64
+    elif change == "two sequences":
+        table = table.repeat(2, 1)
+    elif change == "few rows":
+        q, w, seq, num = q[:1000], w[:1000], seq[:1000], num[:1000]
+    else:
+        num.zero_()
+    args = (q, w, pool, shape, table, seq, num)
+    assert torch.equal(score.index_score(*args), own_score.index_score(*args))
+
+
+@pytest.mark.parametrize("heads", [64, 128])
+@pytest.mark.parametrize("topk", [None, 512, 1000])
+@pytest.mark.parametrize("holes", [False, True])
+def test_flash_mla_decode(heads: int, topk: int | None, holes: bool) -> None:
+    mla = implementation("kernels.sparse_attention.flash_mla_impl", FLASH_MLA)
+    rows = 12
+    entries = random_entries(rows, seqs=3, blocks=20, per_page=64, topk=topk, holes=holes)
+    ring = random_ring(rows, 128, CacheDtype.FP8)
+    ring.slots[2:4] = -1  # with and without entries
+    entries.num_entries[3] = 0
+    q = 3 * torch.randn(rows, heads, 512, device="cuda", dtype=torch.bfloat16)
+    few = dataclasses.replace(ring, slots=ring.slots[:, :100].contiguous())
+    sinks = (torch.randn(heads, device="cuda"), None)
+    for window, chosen, sink in (
+        (ring, entries, sinks[0]),
+        (few, None, sinks[0]),
+        (None, entries, sinks[1]),
+        (ring, None, sinks[1]),
+        (ring, entries, sinks[1]),
+    ):
+        assert mla.serves(q, window, chosen, SCALE)
+        got = mla.sparse_attention(q, window, chosen, sink=sink, scale=SCALE)
+        want = attention_reference.sparse_attention(
+            q.float(), window, chosen, sink=sink, scale=SCALE
+        )
+        assert error(got[0], want[0]) < O_BOUND
+        assert error(got[1], want[1]) < LSE_BOUND
+        empty = want[1] == -torch.inf
+        assert (got[0][empty] == 0).all()
+
+
+def test_what_flash_mla_does_not_take_goes_to_the_own_kernel() -> None:
+    mla = implementation("kernels.sparse_attention.flash_mla_impl", FLASH_MLA)
+    ring = random_ring(5, 128, CacheDtype.BF16)
+    for heads, window in ((64, ring), (16, random_ring(5, 128, CacheDtype.FP8))):
+        q = torch.randn(5, heads, 512, device="cuda", dtype=torch.bfloat16)
+        got = mla.sparse_attention(q, window, None, sink=None, scale=SCALE)
+        own = own_attention.sparse_attention(q, window, None, sink=None, scale=SCALE)
+        assert torch.equal(got[0], own[0])
+        assert torch.equal(got[1], own[1])
