@@ -1,4 +1,4 @@
-"""``moe_permute``, ``moe_permute_quant`` and ``moe_unpermute``: rows grouped by local expert, and added up again.
+"""``moe_permute``, ``moe_permute_quant``, ``moe_unpermute``: rows by local expert, and added up again.
 
 Nothing here needs a number from the device on the host: buffers have room for every routed row.
 """

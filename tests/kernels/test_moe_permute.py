@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import KernelContractError, moe_permute, moe_unpermute
+from kernels import (
+    KernelContractError,
+    QuantRows,
+    moe_permute,
+    moe_permute_quant,
+    moe_unpermute,
+    quant_rows,
+)
 from tests.helpers.strided import column_slice, microseconds
 
 
@@ -53,6 +60,21 @@ def test_unpermute_adds_in_the_order_of_the_choices(dtype: torch.dtype) -> None:
     assert torch.equal(added, (got + shared.float()).bfloat16())
 
 
+@pytest.mark.parametrize("tokens", [7, 0])
+def test_quantised_rows_go_where_plain_rows_go(tokens: int) -> None:
+    x = torch.randn(tokens, 136)
+    ids, weights = torch.rand(tokens, 9).argsort(1)[:, :3], torch.rand(tokens, 3)
+    rows = quant_rows(x)
+    got = moe_permute_quant(rows, ids, weights, first_expert=2, num_local=4)
+    want = moe_permute(rows.values(), ids, weights, first_expert=2, num_local=4)
+    assert got.rows.shape == (tokens * 3, 136)
+    count = int(want.offsets[-1])
+    assert torch.equal(got.rows.values()[:count], want.rows[:count])
+    for name in ("offsets", "place"):
+        assert torch.equal(getattr(got, name), getattr(want, name))
+    assert torch.equal(got.row_weight[:count], want.row_weight[:count])
+
+
 def test_there_and_back() -> None:
     x, ids = torch.randn(8, 16), torch.rand(8, 4).argsort(1)[:, :2]
     went = moe_permute(x, ids, torch.ones(8, 2), first_expert=0, num_local=4)
@@ -65,6 +87,12 @@ def test_contract() -> None:
         moe_permute(x, ids, weights[:, :2], first_expert=0, num_local=1)
     with pytest.raises(KernelContractError, match="num_local >= 1, got 0 and 0"):
         moe_permute(x, ids, weights, first_expert=0, num_local=0)
+    rows = quant_rows(x)
+    with pytest.raises(KernelContractError, match=r"quant: ids: expected shape \[2, "):
+        moe_permute_quant(rows, ids[:1], weights[:1], first_expert=0, num_local=1)
+    shifted = QuantRows(q=rows.q, scale=rows.scale, col_offset=3)
+    with pytest.raises(KernelContractError, match="expected col_offset 0, got 3"):
+        moe_permute_quant(shifted, ids, weights, first_expert=0, num_local=1)
     with pytest.raises(KernelContractError, match="dtype torch"):
         moe_unpermute(x, ids, dtype=torch.float16)
     with pytest.raises(KernelContractError, match=r"shared: expected shape \[2, 8\]"):
