@@ -16,7 +16,7 @@ import deep_gemm
 import torch
 from torch import Tensor
 
-from kernels.backend import DEEP_GEMM
+from kernels.backend import DEEP_GEMM, BackendError
 from kernels.index_score import cuda_impl
 from kernels.nvcc import check_launch, load_library, pointer, stream
 from kernels.page_layout import CacheDtype, EntryKind, PageLayout
@@ -96,11 +96,13 @@ def index_score(
             codes, (keys, scales), weights, torch.zeros_like(ends), ends, clean_logits=True
         )
     stride = scores.stride(0)
-    if stride % _STRIDE or stride <= width:
-        raise RuntimeError(f"index_score: {DEEP_GEMM} returned rows {stride} apart for {width}")
-    whole = scores.as_strided((rows, stride), (stride, 1))
-    whole[:, width:].fill_(float("inf"))  # poison, see the contract
-    return whole[:, :width]
+    if stride % _STRIDE or stride <= padded:
+        raise BackendError(f"{DEEP_GEMM}: fp8_mqa_logits returned rows {stride} apart for {padded}")
+    # Poison behind the width, see the contract; the last row has no memory behind ``padded``.
+    scores[:, width:].fill_(float("inf"))
+    gaps = scores.as_strided((rows - 1, stride - padded), (stride, 1), padded)
+    gaps.fill_(float("inf"))
+    return scores[:, :width]
 
 
 @functools.cache

@@ -2,7 +2,8 @@
 
 FlashMLA reads the same fp8 pages: the ring as its cache, the compressed entries as its extra cache,
 both through int32 slots that one small kernel makes from the op's tables. It serves the calls that
-``serves`` names. How it splits a row's keys depends on the batch: a row's bits do too.
+``serves`` names. How it splits a row's keys depends on the batch: a row's bits do too. That split (its
+"scheduler metadata") follows from the sizes alone and is kept for each.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ _LIBRARY = "sgl_kernel/flashmla_ops.abi3.so"
 _HEADS = (64, 128)  # what it is compiled for
 _TILE = 64  # keys; lists of slots are whole tiles
 _SLOTS = 1 << 31  # slots are int32
+# (device, rows, heads, slots of the ring, of the entries) -> how FlashMLA splits such a step
+_PLANS: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
 with FLASH_MLA.named(f"loading {_LIBRARY}"):
     torch.ops.load_library(str(FLASH_MLA.file(_LIBRARY)))  # type: ignore[no-untyped-call]
@@ -48,8 +51,7 @@ def serves(
         and q.shape[0] > 0
         and q.shape[1] in _HEADS
         and q.shape[2] == 512
-        and all(_readable(x.pool, x.layout) for x in sources)
-        and all(_width(x) > 0 for x in sources)
+        and all(_readable(x.pool, x.layout) and _width(x) > 0 for x in sources)
     )
 
 
@@ -65,16 +67,21 @@ def sparse_attention(
     if isinstance(window, WindowRows) or not serves(q, window, entries, scale):
         return cuda_impl.sparse_attention(q, window, entries, sink=sink, scale=scale)
     rows, heads, dim = q.shape
-    ring_slots, entry_slots, lengths = _slots(rows, window, entries, q.device)
-    ring = None if window is None else _pages(window.pool, window.layout)
-    pages = None if entries is None else _pages(entries.pool, entries.layout)
-    # Without a ring the entries are the cache itself.
-    first = (ring, ring_slots, None) if ring is not None else (pages, entry_slots, lengths)
-    extra = (pages, entry_slots, lengths) if ring is not None and pages is not None else (None,) * 3
+    ring_slots, entry_slots = _slots(rows, window, entries, q.device)
+    parts = []
+    if window is not None:
+        parts.append((_pages(window.pool, window.layout), ring_slots))
+    if entries is not None:
+        parts.append((_pages(entries.pool, entries.layout), entry_slots))
+    cache, extra = parts[0], parts[1] if len(parts) > 1 else (None, None)
+    key = (q.device.index, rows, heads, ring_slots.shape[2], entry_slots.shape[2])
+    known = _PLANS.get(key, (None, None))
     with FLASH_MLA.named("sparse_decode_fwd"):
-        o, lse, _, _ = torch.ops.sgl_kernel.sparse_decode_fwd.default(
-            q.contiguous()[:, None], *first, sink, None, None, *extra, dim, scale
+        o, lse, *plan = torch.ops.sgl_kernel.sparse_decode_fwd.default(
+            q.contiguous()[:, None], *cache, None, sink, *known, *extra, None, dim, scale
         )
+    if key not in _PLANS and not torch.cuda.is_current_stream_capturing():
+        _PLANS[key] = (plan[0], plan[1])
     lse = lse.view(rows, heads)
     # It reports +inf for a row without keys, whose result it leaves zero.
     return o.view(rows, heads, dim), lse.masked_fill(lse == float("inf"), float("-inf"))
@@ -82,12 +89,11 @@ def sparse_attention(
 
 def _slots(
     rows: int, window: WindowRing | None, entries: EntryPages | None, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Slots of the ring [T, 1, W'] and of the entries [T, 1, K'], and how many of those to walk."""
+) -> tuple[Tensor, Tensor]:
+    """Slots of the ring [T, 1, W'] and of the entries [T, 1, K'], whole tiles of them."""
     wide, count = (0 if x is None else _width(x) for x in (window, entries))
     ring = torch.empty(rows, 1, -(-wide // _TILE) * _TILE, dtype=torch.int32, device=device)
     chosen = torch.empty(rows, 1, -(-count // _TILE) * _TILE, dtype=torch.int32, device=device)
-    lengths = torch.empty(rows, dtype=torch.int32, device=device)
     slots = None if window is None else window.slots
     index = table = seq = limit = None
     per_page = 1
@@ -98,19 +104,17 @@ def _slots(
         *(pointer(slots), 0 if slots is None else slots.stride(0), wide, pointer(ring)),
         *(ring.shape[2], pointer(index), 0 if index is None else index.stride(0), count),
         *(pointer(seq), pointer(limit), pointer(table), 0 if table is None else table.stride(0)),
-        *(per_page, pointer(chosen), chosen.shape[2], pointer(lengths), rows, stream(ring)),
+        *(per_page, pointer(chosen), chosen.shape[2], rows, stream(ring)),
     )
     check_launch("sparse_attention: slots", code)
-    return ring, chosen, lengths
+    return ring, chosen
 
 
 def _width(keys: WindowRing | EntryPages) -> int:
-    """Keys that a row may have."""
+    """Keys that a row may have; 0 for all entries of a sequence, which FlashMLA would walk one by one."""
     if isinstance(keys, WindowRing):
         return keys.slots.shape[1]
-    if keys.index is not None:
-        return keys.index.shape[1]
-    return keys.block_table.shape[1] * keys.layout.entries_per_page
+    return 0 if keys.index is None else keys.index.shape[1]
 
 
 def _readable(pool: Tensor, layout: PageLayout) -> bool:
@@ -137,6 +141,6 @@ def _library() -> ctypes.CDLL:
     address, number, wide = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     library.causeway_decode_slots.argtypes = (
         *(address, wide, number, address, number, address, wide, number),
-        *(address, address, address, wide, number, address, number, address, number, address),
+        *(address, address, address, wide, number, address, number, number, address),
     )
     return library

@@ -102,7 +102,7 @@ def test_deep_gemm_scores(rows: int, per_page: int, pad: int) -> None:
     stride = got.stride(0)
     assert stride % 256 == 0
     assert stride > got.shape[1]
-    beyond = got.as_strided((rows, stride - got.shape[1]), (stride, 1), got.shape[1])
+    beyond = got.as_strided((rows - 1, stride - got.shape[1]), (stride, 1), got.shape[1])
     assert (beyond == torch.inf).all()
 
 
@@ -126,9 +126,9 @@ def test_what_deep_gemm_does_not_score_goes_to_the_own_kernel(change: str) -> No
 
 
 @pytest.mark.parametrize("heads", [64, 128])
-@pytest.mark.parametrize("topk", [None, 512, 1000])
+@pytest.mark.parametrize("topk", [40, 512, 1000])
 @pytest.mark.parametrize("holes", [False, True])
-def test_flash_mla_decode(heads: int, topk: int | None, holes: bool) -> None:
+def test_flash_mla_decode(heads: int, topk: int, holes: bool) -> None:
     mla = implementation("kernels.sparse_attention.flash_mla_impl", FLASH_MLA)
     rows = 12
     entries = random_entries(rows, seqs=3, blocks=20, per_page=64, topk=topk, holes=holes)
@@ -146,7 +146,8 @@ def test_flash_mla_decode(heads: int, topk: int | None, holes: bool) -> None:
         (ring, entries, sinks[1]),
     ):
         assert mla.serves(q, window, chosen, SCALE)
-        got = mla.sparse_attention(q, window, chosen, sink=sink, scale=SCALE)
+        for _ in range(2):  # the second call finds the plan of the first
+            got = mla.sparse_attention(q, window, chosen, sink=sink, scale=SCALE)
         want = attention_reference.sparse_attention(
             q.float(), window, chosen, sink=sink, scale=SCALE
         )
@@ -159,9 +160,11 @@ def test_flash_mla_decode(heads: int, topk: int | None, holes: bool) -> None:
 def test_what_flash_mla_does_not_take_goes_to_the_own_kernel() -> None:
     mla = implementation("kernels.sparse_attention.flash_mla_impl", FLASH_MLA)
     ring = random_ring(5, 128, CacheDtype.BF16)
-    for heads, window in ((64, ring), (16, random_ring(5, 128, CacheDtype.FP8))):
+    entries = random_entries(5, seqs=2, blocks=3, per_page=64, topk=None)
+    fp8 = random_ring(5, 128, CacheDtype.FP8)
+    for heads, window, pages in ((64, ring, None), (16, fp8, None), (64, fp8, entries)):
         q = torch.randn(5, heads, 512, device="cuda", dtype=torch.bfloat16)
-        got = mla.sparse_attention(q, window, None, sink=None, scale=SCALE)
-        own = own_attention.sparse_attention(q, window, None, sink=None, scale=SCALE)
+        got = mla.sparse_attention(q, window, pages, sink=None, scale=SCALE)
+        own = own_attention.sparse_attention(q, window, pages, sink=None, scale=SCALE)
         assert torch.equal(got[0], own[0])
         assert torch.equal(got[1], own[1])

@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(kThreads)
     slots_kernel(const int64_t* ring, int64_t ring_row, int ring_count, int32_t* ring_out,
                  int ring_padded, const int32_t* index, int64_t index_row, int count,
                  const int64_t* row_seq, const int64_t* num_entries, const int32_t* table,
-                 int64_t table_row, int per_page, int32_t* out, int padded, int32_t* lengths) {
+                 int64_t table_row, int per_page, int32_t* out, int padded) {
     const int64_t row = blockIdx.x;
     const int first = blockIdx.y * kThreads + threadIdx.x;
     const int step = gridDim.y * kThreads;
@@ -22,12 +22,7 @@ __global__ void __launch_bounds__(kThreads)
     if (padded == 0) return;
     const int64_t seq = row_seq[row], visible = seq < 0 ? 0 : num_entries[row];
     for (int i = first; i < padded; i += step) {
-        int64_t entry = i;
-        if (i >= count) {
-            entry = -1;
-        } else if (index != nullptr) {
-            entry = index[row * index_row + i];
-        }
+        const int64_t entry = i < count ? index[row * index_row + i] : -1;
         int32_t slot = -1;
         if (entry >= 0 && entry < visible) {
             const int32_t page = table[seq * table_row + entry / per_page];
@@ -35,8 +30,6 @@ __global__ void __launch_bounds__(kThreads)
         }
         out[row * padded + i] = slot;
     }
-    if (first == 0)
-        lengths[row] = index != nullptr ? count : static_cast<int32_t>(min(visible, int64_t{count}));
 }
 
 }  // namespace
@@ -46,11 +39,11 @@ extern "C" int causeway_decode_slots(const int64_t* ring, int64_t ring_row, int 
                                      int64_t index_row, int count, const int64_t* row_seq,
                                      const int64_t* num_entries, const int32_t* table,
                                      int64_t table_row, int per_page, int32_t* out, int padded,
-                                     int32_t* lengths, int rows, cudaStream_t stream) {
+                                     int rows, cudaStream_t stream) {
     const int most = ring_padded > padded ? ring_padded : padded;
     const int parts = most <= 8 * kThreads ? 1 : (most + 8 * kThreads - 1) / (8 * kThreads);
     slots_kernel<<<dim3(rows, parts < 64 ? parts : 64), kThreads, 0, stream>>>(
         ring, ring_row, ring_count, ring_out, ring_padded, index, index_row, count, row_seq,
-        num_entries, table, table_row, per_page, out, padded, lengths);
+        num_entries, table, table_row, per_page, out, padded);
     return cudaGetLastError();
 }
