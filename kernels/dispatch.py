@@ -70,6 +70,7 @@ _FOLDERS: dict[str, str] = {
     "prepare_experts": "grouped_gemm",
     "expert_ffn": "grouped_gemm",
     "linear_quant": "quant_gemm",
+    "linear_swiglu_quant": "quant_gemm",
     "expert_ffn_quant": "quant_gemm",
     "swiglu": "swiglu",
     "rms_norm": "rms_norm",
@@ -163,7 +164,8 @@ _FASTER: dict[str, tuple[Implementation, ...]] = {
         _optional("quant_gemm", "deep_gemm", DEEP_GEMM, "bf16 results of many rows; else cuda"),
         *_hopper("quant_gemm", "FP8 tensor cores"),
     ),
-    "expert_ffn_quant": _hopper("quant_gemm", "two grouped FP8 products"),
+    "linear_swiglu_quant": _hopper("quant_gemm", "SwiGLU and FP8 form in the product's store"),
+    "expert_ffn_quant": _hopper("quant_gemm", "two grouped FP8 products, SwiGLU in a store"),
     "index_score": (
         _optional("index_score", "deep_gemm", DEEP_GEMM, "long prefill of one sequence; else cuda"),
         *_hopper("index_score", "FP8 tensor cores; bf16 q of 64 x 128, else the twin"),
@@ -174,7 +176,7 @@ _FASTER: dict[str, tuple[Implementation, ...]] = {
     "topk_select": _hopper("topk", "one pass over f32 rows; f64 runs the twin"),
     "topk_merge": _hopper("topk", "f32, up to 8192 candidates; else the twin"),
     "sparse_attention": (
-        _optional("sparse_attention", "flash_mla", FLASH_MLA, "decode of 64/128 heads; else cuda"),
+        _optional("sparse_attention", "flash_mla", FLASH_MLA, "decode, 64/128 heads; else cuda"),
         *_hopper("sparse_attention", "BF16 tensor cores; bf16 q, d 512, else twin"),
     ),
     "merge_lse": _hopper("merge_lse", "one pass; f64 runs the twin"),
@@ -201,20 +203,40 @@ _FASTER: dict[str, tuple[Implementation, ...]] = {
 }
 
 
+def own(op: str, device: torch.device) -> Implementation:
+    """The best implementation of ``op`` on ``device`` that needs no optional package.
+
+    Raises:
+        KernelContractError: an op without a line in the table.
+    """
+    if op not in _FOLDERS:
+        raise KernelContractError(f"op {op!r} is not in the dispatch table")
+    cap = capability(device)
+    return next(c for c in _candidates(op) if c.backend is None and c.runs_on(cap))
+
+
+def own_kernel(op: str, device: torch.device) -> Callable[..., Any]:
+    """The function of ``own``: what tests and benchmarks compare with a backend."""
+    function: Callable[..., Any] = getattr(_module(own(op, device)), op)
+    return function
+
+
+def _candidates(op: str) -> tuple[Implementation, ...]:
+    """Every implementation of ``op``, best first, the torch twin last."""
+    twin = Implementation(
+        name="reference",
+        module=f"kernels.{_FOLDERS[op]}.reference",
+        device_types=("cpu", "cuda"),
+        why="torch twin; no faster implementation for this device",
+    )
+    return (*_FASTER.get(op, ()), twin)
+
+
 @functools.cache
 def _table(device_type: str, index: int) -> Mapping[str, Implementation]:
     device = torch.device("cpu") if device_type == "cpu" else torch.device(device_type, index)
     cap = capability(device)
-    chosen: dict[str, Implementation] = {}
-    for op, folder in _FOLDERS.items():
-        reference = Implementation(
-            name="reference",
-            module=f"kernels.{folder}.reference",
-            device_types=("cpu", "cuda"),
-            why="torch twin; no faster implementation for this device",
-        )
-        candidates = (*_FASTER.get(op, ()), reference)
-        chosen[op] = next(c for c in candidates if c.runs_on(cap))
+    chosen = {op: next(c for c in _candidates(op) if c.runs_on(cap)) for op in _FOLDERS}
     return MappingProxyType(chosen)
 
 
