@@ -70,9 +70,9 @@ def sparse_attention(
     ring_slots, entry_slots = _slots(rows, window, entries, q.device)
     parts = []
     if window is not None:
-        parts.append((_pages(window.pool, window.layout), ring_slots))
+        parts.append((pages(window.pool, window.layout), ring_slots))
     if entries is not None:
-        parts.append((_pages(entries.pool, entries.layout), entry_slots))
+        parts.append((pages(entries.pool, entries.layout), entry_slots))
     cache, extra = parts[0], parts[1] if len(parts) > 1 else (None, None)
     key = (q.device.index, rows, heads, ring_slots.shape[2], entry_slots.shape[2])
     known = _PLANS.get(key, (None, None))
@@ -127,7 +127,7 @@ def _readable(pool: Tensor, layout: PageLayout) -> bool:
     )
 
 
-def _pages(pool: Tensor, layout: PageLayout) -> Tensor:
+def pages(pool: Tensor, layout: PageLayout) -> Tensor:
     """The pool as [pages, entries, 1, bytes]; its strides say where pages start, no more."""
     entry = layout.entry_bytes
     return pool.as_strided(
