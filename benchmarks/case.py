@@ -6,7 +6,6 @@ on the device (a CPU can list all cases); ``Case.make`` builds inputs and return
 
 from __future__ import annotations
 
-import importlib
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -37,12 +36,14 @@ class Timed:
         library: the same work by the library of ``Case.library``; empty where it is not installed.
         library_in_graph: whether the library's call can be captured; else it is timed between events.
         backends: name of an optional backend's implementation -> the op through it.
+        backends_in_graph: likewise for those.
     """
 
     calls: Sequence[Call]
     library: Sequence[Call] = ()
     library_in_graph: bool = True
     backends: dict[str, Sequence[Call]] = field(default_factory=dict)
+    backends_in_graph: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,11 +82,6 @@ def own(op: str) -> Callable[..., Any]:
 def implementation(op: str) -> str:
     """Its name."""
     return dispatch.own(op, torch.device("cuda", torch.cuda.current_device())).name
-
-
-def module(name: str) -> Any:
-    """A module that a CPU may not have."""
-    return importlib.import_module(name)
 
 
 def sets(held: float, make: Callable[[], Call]) -> list[Call]:
