@@ -129,15 +129,18 @@ class PrefillBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeGroups:
-    """The entries a decode step completes in layers of one ratio; rows come from the state ring.
+    """The entries a decode step completes in layers of one ratio; one line for each row, whether it
+    ends a group or not, so that shapes depend on the number of rows alone.
 
-    ``state_dest`` [T] ring row of every token; ``row_index`` [E, 8 or 128] ring rows, -1 = none;
-    ``positions`` [E]; ``main_slots``, ``index_slots`` [E].
+    Args:
+        ring_rows: rows of a slot's state ring.
+        state_base: first row of the slot's ring [T]; -1 for padded rows.
+        main_slots: page slot of the entry that the row completes [T], -1 = none, or not kept here.
+        index_slots: the same for indexer keys; empty for HCA.
     """
 
-    state_dest: Tensor
-    row_index: Tensor
-    positions: Tensor
+    ring_rows: int
+    state_base: Tensor
     main_slots: Tensor
     index_slots: Tensor
 

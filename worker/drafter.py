@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.deepseek_v4.hyper_connection import Residual
 from model.deepseek_v4.model import DeepSeekV4
 from model.deepseek_v4.mtp import MTPBlock
 from model.forward_batch import RowExchange, WindowPlan
@@ -144,13 +145,13 @@ class Drafter:
             padded[i, : s.shape[0]] = s
         # The batch's ids are the next tokens: what the block embeds beside the streams.
         x = self.mtp.inputs(padded.flatten(0, 1), self.model.embedding(batch.input_ids))
-        return self.mtp.block.decode(x, batch, self.pool.mtp)
+        return self.mtp.block.decode(Residual(x), batch, self.pool.mtp).mixed()
 
     def _score_prefill(
         self, slices: Sequence[PrefillSlice], step: PrefillStep, streams: Tensor
     ) -> dict[int, bytes]:
         x = self.mtp.inputs(streams, self.model.embedding(step.next_ids))
-        out = self.mtp.block.prefill(x, step.batch, self.pool.mtp)
+        out = self.mtp.block.prefill(Residual(x), step.batch, self.pool.mtp).mixed()
         result = {}
         for i, s in enumerate(slices):
             end = step.chunks[i].end - (1 if s.next_token < 0 else 0)

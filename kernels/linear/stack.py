@@ -50,7 +50,9 @@ def stack_weights(parts: Sequence[BlockWeight]) -> StackedWeight:
         )
     if any(p.row_offset for p in parts):
         offsets = [p.row_offset for p in parts]
-        raise KernelContractError(f"stack_weights: row_offset: expected 0 everywhere, got {offsets}")
+        raise KernelContractError(
+            f"stack_weights: row_offset: expected 0 everywhere, got {offsets}"
+        )
     fp8 = parts[0].data.dtype == torch.float8_e4m3fn
     columns, data, scales, row = [], [], [], 0
     for i, part in enumerate(parts):

@@ -14,19 +14,19 @@ from torch import Tensor
 from kernels import (
     WindowRing,
     WindowRows,
-    kv_norm_rope,
-    linear,
+    kv_insert,
     load_entries,
     merge_lse,
     prepare_weight,
     q_norm_rope,
-    rms_norm,
-    round_entries,
+    qkv_norm_rope,
     sparse_attention,
+    stack_weights,
     store_entries,
 )
 from model.deepseek_v4.attention_output import AttentionOutput
 from model.deepseek_v4.entries import CompressedEntries
+from model.deepseek_v4.projection import Activations, Projector
 from model.parallel.context import exchange_rows
 
 if TYPE_CHECKING:
@@ -61,21 +61,23 @@ class Attention:
         mesh: ParallelMesh,
     ) -> None:
         self.config, self.mesh = config, mesh
-        self.quantize = numerics.quantize
+        self.eps, self.quantize = config.rms_norm_eps, numerics.quantize
+        self.projector = Projector(numerics)
         self.sharded = parallel.kv_shard == "cp" and mesh.cp.size > 1 and ratio != 0
         self.view = mesh.decode_view(config.num_attention_heads, config.o_groups)
         attn = f"{prefix}.attn"
         d = config.head_dim
-        self.wq_a = prepare_weight(weights.block(f"{attn}.wq_a.weight"))
+        self.wq_a_wkv = stack_weights(
+            [weights.block(f"{attn}.{name}.weight") for name in ("wq_a", "wkv")]
+        )
         self.q_norm = weights.tensor(f"{attn}.q_norm.weight")
         self.wq_b = prepare_weight(weights.block(f"{attn}.wq_b.weight"))
-        self.wkv = prepare_weight(weights.block(f"{attn}.wkv.weight"))
         self.kv_norm = weights.tensor(f"{attn}.kv_norm.weight")
         self.attn_sink = weights.tensor(f"{attn}.attn_sink")
         self.inv_freq = torch.tensor(
             config.inv_freq(ratio), dtype=torch.float32, device=self.attn_sink.device
         )
-        self.output = AttentionOutput(config, weights, attn, self.inv_freq, mesh, self.quantize)
+        self.output = AttentionOutput(config, weights, attn, self.inv_freq, mesh, numerics)
         lo, hi = self.view.heads
         self.decode_wq_b = self.wq_b.rows(lo * d, hi * d)
         self.decode_sink = self.attn_sink[lo:hi]
@@ -85,25 +87,37 @@ class Attention:
                 config, parallel, numerics, weights, attn, ratio, self.inv_freq, mesh
             )
 
-    def prefill(self, x: Tensor, batch: PrefillBatch, cache: LayerCache) -> Tensor:
+    def prefill(self, x: Activations, batch: PrefillBatch, cache: LayerCache) -> Tensor:
         """x: attn-normed local rows [T, D] -> [T, D]; stores window, state and entries on the way."""
-        qr = self._query_latent(x)
-        q = self._heads(qr, self.wq_b, batch.positions)
-        window = self.store_window(x, batch.positions, batch.window, cache)
+        qr, kv = self._latents(x)
+        q = q_norm_rope(self._heads(qr, self.wq_b), batch.positions, self.inv_freq, self.eps)
+        window = self._exchange_window(kv, batch.positions, batch.window, cache)
         entries = self.entries.prefill(x, qr, batch, cache) if self.entries else None
         o, _ = sparse_attention(
             q, window, entries, sink=self.attn_sink, scale=self.config.softmax_scale
         )
         return self.output.prefill(o, batch.positions)
 
-    def decode(self, x: Tensor, batch: DecodeBatch, cache: LayerCache) -> Tensor:
+    def decode(self, x: Activations, batch: DecodeBatch, cache: LayerCache) -> Tensor:
         """x: attn-normed rows of all requests [T, D] -> [T, D], the same on every rank."""
-        qr = self._query_latent(x)
-        q = self._heads(qr, self.decode_wq_b, batch.positions)
-        kv = self._latents(x, batch.positions, cache)
-        store_entries(cache.window, cache.window_layout, batch.window_dest, kv)
+        qr, kv = self._latents(x)
+        q = self._heads(qr, self.decode_wq_b)
+        index_q = self.entries.index_heads(qr) if self.entries else None
+        q, _, index_q = qkv_norm_rope(
+            q,
+            kv,
+            self.kv_norm,
+            batch.positions,
+            self.inv_freq,
+            self.eps,
+            cache.window,
+            cache.window_layout,
+            batch.window_dest,
+            quantize=self.quantize,
+            index_q=index_q,
+        )
         window = WindowRing(pool=cache.window, layout=cache.window_layout, slots=batch.window_slots)
-        entries = self.entries.decode(x, qr, batch, cache) if self.entries else None
+        entries = self.entries.decode(x, index_q, batch, cache) if self.entries else None
         scale = self.config.softmax_scale
         if self.sharded and entries is not None:
             o = self._merge_shards(q, window, entries, scale)
@@ -112,10 +126,39 @@ class Attention:
         return self.output.decode(o, batch.positions)
 
     def store_window(
-        self, x: Tensor, positions: Tensor, plan: WindowPlan, cache: LayerCache
+        self, x: Activations, positions: Tensor, plan: WindowPlan, cache: LayerCache
+    ) -> None:
+        """Only keep the window latents of these rows."""
+        _, kv = self.wq_a_wkv.split(self.projector.product(x, self.wq_a_wkv.weight))
+        self._exchange_window(kv, positions, plan, cache)
+
+    def _latents(self, x: Activations) -> tuple[Activations, Tensor]:
+        """Normed query latents, and KV latents as the product gives them (a view)."""
+        qr, kv = self.wq_a_wkv.split(self.projector.product(x, self.wq_a_wkv.weight))
+        return self.projector.norm(qr, self.q_norm, self.eps), kv
+
+    def _heads(self, qr: Activations, wq_b: PreparedWeight) -> Tensor:
+        q = self.projector.product(qr, wq_b)
+        d = self.config.head_dim
+        return q.view(q.shape[0], q.shape[1] // d, d)
+
+    def _exchange_window(
+        self, kv: Tensor, positions: Tensor, plan: WindowPlan, cache: LayerCache
     ) -> WindowRows:
-        """Compute local latents, exchange them, keep ring and tails; returns what queries may see."""
-        kv = self._latents(x, positions, cache)
+        """Finish local latents, exchange them, keep ring and tails; returns what queries may see."""
+        # Through the cache format at once: a row read back from the ring equals the row just made.
+        # Nothing is stored here: which rows the ring keeps is the plan's choice.
+        kv = kv_insert(
+            kv,
+            self.kv_norm,
+            positions,
+            self.inv_freq,
+            self.eps,
+            cache.window,
+            cache.window_layout,
+            torch.full_like(positions, -1),
+            quantize=self.quantize,
+        )
         rows = plan.rows
         carried = load_entries(cache.window, cache.window_layout, rows.carried, kv.dtype)
         buffer = exchange_rows(self.mesh.cp, kv, rows, carried)
@@ -124,28 +167,6 @@ class Attention:
             cache.tail_window, cache.tail_layout, rows.tail_dest, buffer[rows.tail_source]
         )
         return WindowRows(kv=buffer[plan.workspace], start=plan.start, length=plan.length)
-
-    def _query_latent(self, x: Tensor) -> Tensor:
-        qr = linear(x, self.wq_a, quantize=self.quantize)
-        return rms_norm(qr, self.q_norm, self.config.rms_norm_eps)
-
-    def _heads(self, qr: Tensor, wq_b: PreparedWeight, positions: Tensor) -> Tensor:
-        q = linear(qr, wq_b, quantize=self.quantize)
-        d = self.config.head_dim
-        q = q.view(q.shape[0], q.shape[1] // d, d)
-        return q_norm_rope(q, positions, self.inv_freq, self.config.rms_norm_eps)
-
-    def _latents(self, x: Tensor, positions: Tensor, cache: LayerCache) -> Tensor:
-        kv = kv_norm_rope(
-            linear(x, self.wkv, quantize=self.quantize),
-            self.kv_norm,
-            positions,
-            self.inv_freq,
-            self.config.rms_norm_eps,
-            quantize=self.quantize,
-        )
-        # Through the cache format at once: a row read back from the ring equals the row just made.
-        return round_entries(kv, cache.window_layout)
 
     def _merge_shards(
         self, q: Tensor, window: WindowRing, entries: EntryPages, scale: float

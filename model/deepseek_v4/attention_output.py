@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from kernels import (
+    Numerics,
     PreparedWeight,
     block_amax,
     grouped_output,
+    grouped_output_quant,
     linear,
+    linear_quant,
     prepare_weight,
     wide_dtype,
 )
@@ -34,9 +37,10 @@ class AttentionOutput:
         attn: str,
         inv_freq: Tensor,
         mesh: ParallelMesh,
-        quantize: bool,
+        numerics: Numerics,
     ) -> None:
-        self.inv_freq, self.quantize, self.mesh = inv_freq, quantize, mesh
+        self.inv_freq, self.mesh = inv_freq, mesh
+        self.quantize, self.fused = numerics.quantize, numerics is Numerics.RELEASE
         self.rank_dim = config.o_lora_rank
         self.columns = config.o_groups * config.o_lora_rank  # of wo_b over all ranks
         self.view = mesh.decode_view(config.num_attention_heads, config.o_groups)
@@ -50,23 +54,45 @@ class AttentionOutput:
 
     def prefill(self, o: Tensor, positions: Tensor) -> Tensor:
         """o [T, H/tp, d] -> [T, D], summed over tp."""
-        u = grouped_output(o, positions, self.inv_freq, self.wo_a, self.groups)
-        return self._project(u, self.wo_b, self.first_group, self.mesh.tp)
+        return self._project(
+            o, positions, self.wo_a, self.wo_b, self.first_group, self.groups, self.mesh.tp
+        )
 
     def decode(self, o: Tensor, positions: Tensor) -> Tensor:
         """o [T, H of the decode slice, d] -> [T, D], summed over the decode group."""
         lo, hi = self.view.groups
-        u = grouped_output(o, positions, self.inv_freq, self.decode_wo_a, hi - lo)
-        return self._project(u, self.decode_wo_b, self.first_group + lo, self.view.group)
+        return self._project(
+            o,
+            positions,
+            self.decode_wo_a,
+            self.decode_wo_b,
+            self.first_group + lo,
+            hi - lo,
+            self.view.group,
+        )
 
-    def _project(self, u: Tensor, wo_b: PreparedWeight, first_group: int, group: Group) -> Tensor:
-        start = first_group * self.rank_dim
-        amax = None
-        if self.quantize and u.shape[1] % _BLOCK and group.size > 1:
-            amax = self._shared_amax(u, start, group)
-        wide = wide_dtype(u.dtype)
-        out = linear(u, wo_b, quantize=self.quantize, amax=amax, out_dtype=wide)
-        return group.all_reduce(out).to(u.dtype)
+    def _project(
+        self,
+        o: Tensor,
+        positions: Tensor,
+        wo_a: PreparedWeight,
+        wo_b: PreparedWeight,
+        first_group: int,
+        groups: int,
+        group: Group,
+    ) -> Tensor:
+        # Partial sums travel wide and are rounded once; a rank alone rounds in the product.
+        dtype = o.dtype if group.size == 1 else wide_dtype(o.dtype)
+        start, columns = first_group * self.rank_dim, groups * self.rank_dim
+        cuts_block = columns % _BLOCK != 0 and group.size > 1
+        if self.fused and wo_b.kind.rounds_activations and start % _BLOCK == 0 and not cuts_block:
+            rows = grouped_output_quant(o, positions, self.inv_freq, wo_a, groups)
+            out = linear_quant(rows, wo_b, out_dtype=dtype)
+        else:
+            u = grouped_output(o, positions, self.inv_freq, wo_a, groups)
+            amax = self._shared_amax(u, start, group) if self.quantize and cuts_block else None
+            out = linear(u, wo_b, quantize=self.quantize, amax=amax, out_dtype=dtype)
+        return group.all_reduce(out).to(o.dtype)
 
     def _shared_amax(self, u: Tensor, start: int, group: Group) -> Tensor:
         """Block maxima where a rank's columns cut a 128-block: the maximum over all its owners."""

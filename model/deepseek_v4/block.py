@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from kernels import rms_norm
 from model.deepseek_v4.attention import Attention
-from model.deepseek_v4.hyper_connection import HyperConnection
+from model.deepseek_v4.hyper_connection import HyperConnection, Residual
 from model.deepseek_v4.moe import MoE
+from model.deepseek_v4.projection import Projector
 
 if TYPE_CHECKING:
     from kernels import Numerics
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Block:
-    """``layers.N`` or ``mtp.0``; X is [T, R, D]."""
+    """``layers.N`` or ``mtp.0``; streams are [T, R, D]."""
 
     def __init__(
         self,
@@ -38,36 +38,35 @@ class Block:
         mesh: ParallelMesh,
         experts: ExpertParallel,
     ) -> None:
-        self.eps = config.rms_norm_eps
-        self.hc_attn = HyperConnection(config, weights, f"{prefix}.hc_attn")
-        self.hc_ffn = HyperConnection(config, weights, f"{prefix}.hc_ffn")
-        self.attn_norm = weights.tensor(f"{prefix}.attn_norm.weight")
-        self.ffn_norm = weights.tensor(f"{prefix}.ffn_norm.weight")
+        projector = Projector(numerics)
+        self.hc_attn, self.hc_ffn = (
+            HyperConnection(
+                config, weights, f"{prefix}.hc_{part}", f"{prefix}.{part}_norm.weight", projector
+            )
+            for part in ("attn", "ffn")
+        )
         self.attn = Attention(config, parallel, numerics, weights, prefix, ratio, mesh)
         self.ffn = MoE(config, numerics, weights, prefix, hashed=hashed, experts=experts)
 
-    def prefill(self, streams: Tensor, batch: PrefillBatch, cache: LayerCache) -> Tensor:
+    def prefill(self, residual: Residual, batch: PrefillBatch, cache: LayerCache) -> Residual:
         """The local rows of a prefill step, through the block."""
-        x, post, comb = self.hc_attn.pre(streams)
-        a = self.attn.prefill(rms_norm(x, self.attn_norm, self.eps), batch, cache)
-        streams = self.hc_attn.post(a, streams, post, comb)
-        return self._feed_forward(streams, batch.input_ids, replicated=batch.replicated)
+        into = self.hc_attn(residual)
+        after = into.give(self.attn.prefill(into.x, batch, cache))
+        return self._feed_forward(after, batch.input_ids, replicated=batch.replicated)
 
-    def decode(self, streams: Tensor, batch: DecodeBatch, cache: LayerCache) -> Tensor:
+    def decode(self, residual: Residual, batch: DecodeBatch, cache: LayerCache) -> Residual:
         """All rows of a decode step, through the block."""
-        x, post, comb = self.hc_attn.pre(streams)
-        a = self.attn.decode(rms_norm(x, self.attn_norm, self.eps), batch, cache)
-        streams = self.hc_attn.post(a, streams, post, comb)
-        return self._feed_forward(streams, batch.input_ids, replicated=True)
+        into = self.hc_attn(residual)
+        after = into.give(self.attn.decode(into.x, batch, cache))
+        return self._feed_forward(after, batch.input_ids, replicated=True)
 
     def store_window(
         self, streams: Tensor, positions: Tensor, plan: WindowPlan, cache: LayerCache
     ) -> None:
         """Only keep the window latents of these rows: all that a window-only block leaves behind."""
-        x, _, _ = self.hc_attn.pre(streams)
-        self.attn.store_window(rms_norm(x, self.attn_norm, self.eps), positions, plan, cache)
+        into = self.hc_attn(Residual(streams))
+        self.attn.store_window(into.x, positions, plan, cache)
 
-    def _feed_forward(self, streams: Tensor, input_ids: Tensor, *, replicated: bool) -> Tensor:
-        x, post, comb = self.hc_ffn.pre(streams)
-        f = self.ffn.forward(rms_norm(x, self.ffn_norm, self.eps), input_ids, replicated=replicated)
-        return self.hc_ffn.post(f, streams, post, comb)
+    def _feed_forward(self, residual: Residual, input_ids: Tensor, *, replicated: bool) -> Residual:
+        into = self.hc_ffn(residual)
+        return into.give(self.ffn.forward(into.x, input_ids, replicated=replicated))

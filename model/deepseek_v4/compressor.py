@@ -1,4 +1,7 @@
-"""Gated pooling of token rows into compressed entries (main latents and indexer keys)."""
+"""Gated pooling of token rows into compressed entries (main latents and indexer keys).
+
+The rows, ``[u | g]``, come from one product for all compressors of a layer (``entries.py``).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kernels import PreparedWeight, compress, compressor_rows, prepare_weight
+from kernels import CompressPart, PageLayout, compress
 
 if TYPE_CHECKING:
     from model.checkpoint.loader import WeightDict
@@ -15,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class Compressor:
-    """One compressor: projections to (u, g), pooling, norm, RoPE and rounding of the pooled entry.
+    """One compressor: pooling, norm, RoPE and rounding of the pooled entry.
 
     Args:
         config: the model's shape.
-        weights: where ``<prefix>.wkv.weight`` etc. are taken from.
+        weights: where ``<prefix>.ape`` and the norm are taken from.
         prefix: checkpoint prefix, e.g. ``layers.2.attn.compressor``.
         ratio: tokens per group, 4 (overlapping) or 128.
         index: True for the indexer's compressor (Hadamard + FP4 instead of FP8 rounding).
@@ -43,14 +46,28 @@ class Compressor:
         self.ratio, self.index, self.quantize, self.dtype = ratio, index, quantize, dtype
         self.inv_freq = inv_freq
         self.eps = config.rms_norm_eps
-        self.wkv: PreparedWeight = prepare_weight(weights.block(f"{prefix}.wkv.weight"))
-        self.wgate: PreparedWeight = prepare_weight(weights.block(f"{prefix}.wgate.weight"))
         self.ape = weights.tensor(f"{prefix}.ape")
         self.norm = weights.tensor(f"{prefix}.norm.weight")
 
-    def rows(self, x: Tensor, positions: Tensor) -> Tensor:
-        """(u, g + ape) of each token: x [T, D] -> float32 [T, 2 * w] (float64 for float64 x)."""
-        return compressor_rows(x, self.wkv, self.wgate, self.ape, positions)
+    @property
+    def width(self) -> int:
+        """Values of a row: u, then g."""
+        return 2 * self.ape.shape[1]
+
+    def add_positions(self, rows: Tensor, positions: Tensor) -> None:
+        """``g += ape[position mod ratio]``, in rows [T, width] of the product."""
+        half = self.ape.shape[1]
+        rows[:, half:].add_(self.ape.to(rows.dtype)[positions % self.ratio])
+
+    def part(self, pool: Tensor, layout: PageLayout, slots: Tensor) -> CompressPart:
+        """This compressor's share of a decode step: its constants, and where entries go."""
+        return CompressPart(
+            ape=self.ape,
+            norm_weight=self.norm,
+            pool=pool,
+            layout=layout,
+            slots=slots,
+        )
 
     def pool(self, rows: Tensor, row_index: Tensor, positions: Tensor) -> Tensor:
         """Pool rows [N, 2 * w] into entries [E, d]; ``row_index`` [E, 8 or 128], -1 = none."""

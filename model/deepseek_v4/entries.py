@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from kernels import EntryPages, store_entries
+from kernels import EntryPages, compress_decode, stack_weights, store_entries, wide_dtype
 from model.deepseek_v4.compressor import Compressor
 from model.deepseek_v4.config import CSA_RATIO
 from model.deepseek_v4.indexer import Indexer
+from model.deepseek_v4.projection import Activations, Projector
 from model.parallel.context import exchange_rows, gather_entries, gather_pages
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class CompressedEntries:
         mesh: ParallelMesh,
     ) -> None:
         self.ratio, self.mesh, self.dcp = ratio, mesh, parallel.dcp
-        self.main_width = 2 * config.head_dim * (2 if ratio == CSA_RATIO else 1)
+        self.projector, self.eps = Projector(numerics), config.rms_norm_eps
         self.compressor = Compressor(
             config,
             weights,
@@ -54,6 +54,7 @@ class CompressedEntries:
             dtype=numerics.dtype,
         )
         self.indexer: Indexer | None = None
+        readers = ["compressor.wkv", "compressor.wgate"]
         if ratio == CSA_RATIO:
             self.indexer = Indexer(
                 config,
@@ -61,14 +62,28 @@ class CompressedEntries:
                 f"{attn}.indexer",
                 mesh,
                 inv_freq=inv_freq,
-                quantize=numerics.quantize,
-                dtype=numerics.dtype,
+                numerics=numerics,
             )
+            readers += [f"indexer.{name}" for name in (*readers, "weights_proj")]
+        # One product for all that reads the hidden rows unrounded.
+        self.wkv_wgate = stack_weights([weights.block(f"{attn}.{r}.weight") for r in readers])
+        self.main_width = self.compressor.width
+        self.width = self.main_width + (self.indexer.compressor.width if self.indexer else 0)
 
-    def prefill(self, x: Tensor, qr: Tensor, batch: PrefillBatch, cache: LayerCache) -> EntryPages:
+    def index_heads(self, qr: Activations) -> Tensor | None:
+        """The indexer's query heads [T, h, di] as the product gives them; None in HCA layers."""
+        return None if self.indexer is None else self.indexer.heads_of(qr)
+
+    def prefill(
+        self, x: Activations, qr: Activations, batch: PrefillBatch, cache: LayerCache
+    ) -> EntryPages:
         """Pool and store the step's entries; returns what the local queries attend to."""
         plan, cp = batch.groups[self.ratio], self.mesh.cp
-        local = self._rows(x, batch.positions)
+        product = self._product(x)
+        local = product[:, : self.width]
+        self.compressor.add_positions(local[:, : self.main_width], batch.positions)
+        if self.indexer is not None:
+            self.indexer.compressor.add_positions(local[:, self.main_width :], batch.positions)
         buffer = exchange_rows(cp, local, plan.rows, cache.state[plan.rows.carried])
         main = self._pool_main(buffer, plan.row_index, plan.positions)
         main = gather_entries(cp, main, plan.counts)
@@ -82,8 +97,8 @@ class CompressedEntries:
             index = gather_entries(cp, index, plan.counts)
             store_entries(cache.index, cache.index_layout, plan.index_slots, index)
             chosen = self.indexer.select_prefill(
-                x,
                 qr,
+                product[:, self.width :],
                 batch.positions,
                 cache.index,
                 cache.index_layout,
@@ -103,23 +118,40 @@ class CompressedEntries:
             num_entries=num_entries,
         )
 
-    def decode(self, x: Tensor, qr: Tensor, batch: DecodeBatch, cache: LayerCache) -> EntryPages:
-        """Keep the rows' state, store the entries they complete; returns what they attend to."""
+    def decode(
+        self, x: Activations, index_q: Tensor | None, batch: DecodeBatch, cache: LayerCache
+    ) -> EntryPages:
+        """Keep the rows' state, store the entries they complete; returns what they attend to.
+
+        Args:
+            index_q: finished query heads of the indexer [T, h, di]; None in HCA layers.
+        """
         plan = batch.groups[self.ratio]
-        rows = self._rows(x, batch.positions)
-        keep = plan.state_dest >= 0
-        cache.state[plan.state_dest[keep]] = rows[keep].to(cache.state.dtype)
-        main = self._pool_main(cache.state, plan.row_index, plan.positions)
-        store_entries(cache.main, cache.main_layout, plan.main_slots, main)
+        product = self._product(x)
+        parts = [self.compressor.part(cache.main, cache.main_layout, plan.main_slots)]
+        if self.indexer is not None:
+            compressor = self.indexer.compressor
+            parts.append(compressor.part(cache.index, cache.index_layout, plan.index_slots))
+        compress_decode(
+            product[:, : self.width],
+            cache.state,
+            tuple(parts),
+            batch.positions,
+            batch.row_seq,
+            plan.state_base,
+            ratio=self.ratio,
+            ring_rows=plan.ring_rows,
+            inv_freq=self.compressor.inv_freq,
+            eps=self.eps,
+            quantize=self.projector.quantize,
+            dtype=self.projector.dtype,
+        )
         chosen = None
         num_entries = batch.num_entries[self.ratio]
-        if self.indexer is not None:
-            index = self._pool_index(self.indexer, cache.state, plan.row_index, plan.positions)
-            store_entries(cache.index, cache.index_layout, plan.index_slots, index)
+        if self.indexer is not None and index_q is not None:
             chosen = self.indexer.select_decode(
-                x,
-                qr,
-                batch.positions,
+                index_q,
+                product[:, self.width :],
                 cache.index,
                 cache.index_layout,
                 batch.block_table,
@@ -136,11 +168,10 @@ class CompressedEntries:
             num_entries=num_entries,
         )
 
-    def _rows(self, x: Tensor, positions: Tensor) -> Tensor:
-        rows = self.compressor.rows(x, positions)
-        if self.indexer is None:
-            return rows
-        return torch.cat([rows, self.indexer.compressor.rows(x, positions)], dim=1)
+    def _product(self, x: Activations) -> Tensor:
+        """``[u, g of the compressors | the indexer's head weights]`` [T, n], wide."""
+        dtype = wide_dtype(self.projector.dtype)
+        return self.projector.product(x, self.wkv_wgate.weight, dtype)
 
     def _pool_main(self, buffer: Tensor, row_index: Tensor, positions: Tensor) -> Tensor:
         return self.compressor.pool(buffer[:, : self.main_width], row_index, positions)

@@ -10,27 +10,28 @@ from torch import Tensor
 from kernels import (
     index_query,
     index_score,
-    linear,
+    index_topk,
     prepare_weight,
     topk_merge,
     topk_select,
     widen,
 )
 from model.deepseek_v4.compressor import Compressor
+from model.deepseek_v4.projection import Activations, Projector
 
 if TYPE_CHECKING:
-    from kernels import PageLayout
+    from kernels import Numerics, PageLayout
     from model.checkpoint.loader import WeightDict
     from model.deepseek_v4.config import DeepSeekV4Config
     from model.parallel.collectives import Group
     from model.parallel.mesh import ParallelMesh
 
-# Scores of one call stay under this many float32 values (256 MB); longer prefills run in row chunks.
-_MAX_SCORES = 1 << 26
-
 
 class Indexer:
-    """Whole on every rank: ranks split query rows (prefill) or entries (dcp), never heads."""
+    """Whole on every rank: ranks split query rows (prefill) or entries (dcp), never heads.
+
+    Its head weights [T, h] come from ``weights_proj`` in the layer's stacked product (``entries.py``).
+    """
 
     def __init__(
         self,
@@ -40,15 +41,14 @@ class Indexer:
         mesh: ParallelMesh,
         *,
         inv_freq: Tensor,
-        quantize: bool,
-        dtype: torch.dtype,
+        numerics: Numerics,
     ) -> None:
-        self.mesh, self.quantize, self.inv_freq = mesh, quantize, inv_freq
+        self.mesh, self.inv_freq = mesh, inv_freq
+        self.projector = Projector(numerics)
         self.topk = config.index_topk
         self.heads, self.head_dim = config.index_n_heads, config.index_head_dim
         self.weight_scale = config.index_weight_scale
         self.wq_b = prepare_weight(weights.block(f"{prefix}.wq_b.weight"))
-        self.weights_proj = prepare_weight(weights.block(f"{prefix}.weights_proj.weight"))
         self.compressor = Compressor(
             config,
             weights,
@@ -56,14 +56,19 @@ class Indexer:
             ratio=4,
             index=True,
             inv_freq=inv_freq,
-            quantize=quantize,
-            dtype=dtype,
+            quantize=numerics.quantize,
+            dtype=numerics.dtype,
         )
+
+    def heads_of(self, qr: Activations) -> Tensor:
+        """Query heads [T, h, di] of normed query latents, before RoPE and rounding."""
+        q = self.projector.product(qr, self.wq_b)
+        return q.view(q.shape[0], self.heads, self.head_dim)
 
     def select_prefill(
         self,
-        x: Tensor,
-        qr: Tensor,
+        qr: Activations,
+        head_weights: Tensor,
         positions: Tensor,
         pool: Tensor,
         layout: PageLayout,
@@ -74,41 +79,38 @@ class Indexer:
         """Top-k entries of each row, int32 [T, k]; the tp ranks of a cp rank each do a share of rows.
 
         Args:
-            x: attn-normed hidden rows [T, D].
             qr: normed query latents [T, q_lora_rank].
+            head_weights: of the stacked product, wide [T, h].
             positions, row_seq, num_entries: int64 [T].
             pool, layout, block_table: the layer's index pages.
         """
         tp = self.mesh.tp
-        total = x.shape[0]
+        total = positions.shape[0]
         share = -(-total // tp.size)
         bounds = [(min(r * share, total), min((r + 1) * share, total)) for r in range(tp.size)]
         lo, hi = bounds[tp.rank]
-        args = (x[lo:hi], qr[lo:hi], positions[lo:hi])
-        query, weight = self._query(*args)
-        columns = block_table.shape[1] * layout.entries_per_page
-        step = max(1, _MAX_SCORES // max(columns, 1))
-        parts = [torch.empty(0, self.topk, dtype=torch.int32, device=x.device)]
-        for a in range(0, hi - lo, step):
-            b = min(a + step, hi - lo)
-            scores = index_score(
-                query[a:b],
-                weight[a:b],
-                pool,
-                layout,
-                block_table,
-                row_seq[lo + a : lo + b],
-                num_entries[lo + a : lo + b],
-            )
-            parts.append(topk_select(scores, self.topk))
-        chosen = torch.cat(parts)
+        query = index_query(
+            self.heads_of(qr.slice(lo, hi)),
+            positions[lo:hi],
+            self.inv_freq,
+            quantize=self.projector.quantize,
+        )
+        chosen = index_topk(
+            query,
+            self._scaled(head_weights[lo:hi]),
+            pool,
+            layout,
+            block_table,
+            row_seq[lo:hi],
+            num_entries[lo:hi],
+            self.topk,
+        )
         return tp.all_gather_v(chosen, [b - a for a, b in bounds])
 
     def select_decode(
         self,
-        x: Tensor,
-        qr: Tensor,
-        positions: Tensor,
+        query: Tensor,
+        head_weights: Tensor,
         pool: Tensor,
         layout: PageLayout,
         block_table: Tensor,
@@ -117,12 +119,18 @@ class Indexer:
         *,
         dcp: bool,
     ) -> Tensor:
-        """Top-k entries of each row, int32 [T, k]; with ``dcp`` each rank scores 1/world of the blocks."""
-        query, weight = self._query(x, qr, positions)
+        """Top-k entries of each row, int32 [T, k]; with ``dcp`` each rank scores 1/world of the blocks.
+
+        Args:
+            query: finished query heads [T, h, di].
+            head_weights, pool, layout, block_table, row_seq, num_entries: as in ``select_prefill``.
+        """
+        weight = self._scaled(head_weights)
         world = self.mesh.world
         if not dcp or world.size == 1:
-            scores = index_score(query, weight, pool, layout, block_table, row_seq, num_entries)
-            return topk_select(scores, self.topk)
+            return index_topk(
+                query, weight, pool, layout, block_table, row_seq, num_entries, self.topk
+            )
         n = layout.entries_per_page
         # Block i of a request is scored by rank i % world, so its entries keep their order.
         full, rest = num_entries // n, num_entries % n
@@ -142,12 +150,9 @@ class Indexer:
         all_entries = _gather_columns(world, entry)
         return topk_merge(all_values, all_entries, self.topk)
 
-    def _query(self, x: Tensor, qr: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        q = linear(qr, self.wq_b, quantize=self.quantize)
-        q = q.view(-1, self.heads, self.head_dim)
-        q = index_query(q, positions, self.inv_freq, quantize=self.quantize)
-        weight = widen(linear(x, self.weights_proj, quantize=False)) * self.weight_scale
-        return q, weight
+    def _scaled(self, head_weights: Tensor) -> Tensor:
+        """Rounded to the streams' dtype as the official product is, then scaled, wide."""
+        return widen(head_weights.to(self.projector.dtype)) * self.weight_scale
 
 
 def _gather_columns(group: Group, rows: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels import linear, prepare_weight, rms_norm, widen
+from kernels import linear, prepare_weight, rms_norm
 from model.deepseek_v4.block import Block
-from model.deepseek_v4.hyper_connection import HyperHead
+from model.deepseek_v4.hyper_connection import HyperHead, Residual
 from model.deepseek_v4.mtp import MTPBlock
 from model.parallel.expert import ExpertParallel
 
@@ -78,17 +78,17 @@ class DeepSeekV4:
 
     def prefill(self, batch: PrefillBatch, caches: Sequence[LayerCache]) -> Tensor:
         """Run a prefill step's local rows; returns the streams after the last block [T, R, D]."""
-        streams = self._streams(batch.input_ids)
+        residual = Residual(self._streams(batch.input_ids))
         for block, cache in zip(self.blocks, caches, strict=False):
-            streams = block.prefill(streams, batch, cache)
-        return streams
+            residual = block.prefill(residual, batch, cache)
+        return residual.mixed()
 
     def decode(self, batch: DecodeBatch, caches: Sequence[LayerCache]) -> Tensor:
         """Run a decode step's rows; returns the streams after the last block [T, R, D]."""
-        streams = self._streams(batch.input_ids)
+        residual = Residual(self._streams(batch.input_ids))
         for block, cache in zip(self.blocks, caches, strict=False):
-            streams = block.decode(streams, batch, cache)
-        return streams
+            residual = block.decode(residual, batch, cache)
+        return residual.mixed()
 
     def head_rows(self, streams: Tensor) -> Tensor:
         """Streams [T, R, D] -> normed rows for the LM head [T, D]."""
@@ -97,7 +97,7 @@ class DeepSeekV4:
     def logits(self, rows: Tensor) -> Tensor:
         """Head rows, the same on every rank [N, D] -> float32 [N, vocab] on every rank."""
         world, vocab = self.mesh.world, self.config.vocab_size
-        local = linear(widen(rows), self.head, quantize=False, out_dtype=torch.float32)
+        local = linear(rows, self.head, quantize=False, out_dtype=torch.float32)
         if world.size == 1:
             return local
         share = -(-vocab // world.size)

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from kernels import expert_ffn, linear, moe_gate, prepare_experts, prepare_weight, swiglu
+from kernels import (
+    QuantRows,
+    expert_ffn,
+    expert_ffn_quant,
+    moe_gate,
+    prepare_experts,
+    prepare_weight,
+    stack_weights,
+)
+from model.deepseek_v4.projection import Activations, Projector
 
 if TYPE_CHECKING:
     from kernels import BlockWeight, Numerics
@@ -36,7 +45,7 @@ class MoE:
         experts: ExpertParallel,
     ) -> None:
         self.topk, self.route_scale = config.num_experts_per_tok, config.routed_scaling_factor
-        self.limit, self.quantize = config.swiglu_limit, numerics.quantize
+        self.limit, self.projector = config.swiglu_limit, Projector(numerics)
         self.parallel = experts
         ffn = f"{prefix}.ffn"
         self.gate = weights.tensor(f"{ffn}.gate.weight")
@@ -49,18 +58,22 @@ class MoE:
 
         self.experts = prepare_experts(expert("w1"), expert("w3"), expert("w2"))
         shared = f"{ffn}.shared_experts"
-        self.w1 = prepare_weight(weights.block(f"{shared}.w1.weight"))
-        self.w3 = prepare_weight(weights.block(f"{shared}.w3.weight"))
+        self.w1_w3 = stack_weights(
+            [weights.block(f"{shared}.{name}.weight") for name in ("w1", "w3")]
+        )
         self.w2 = prepare_weight(weights.block(f"{shared}.w2.weight"))
+        # Routed rows travel and are grouped in FP8 where the experts read FP8.
+        reads_fp8 = all(w[0].kind.rounds_activations for w in (self.experts.w1, self.experts.w3))
+        self.fp8_rows = self.projector.fused and reads_fp8
 
-    def forward(self, x: Tensor, input_ids: Tensor, *, replicated: bool) -> Tensor:
+    def forward(self, x: Activations, input_ids: Tensor, *, replicated: bool) -> Tensor:
         """x: ffn-normed rows [T, D]; ids [T] -> [T, D].
 
         Args:
             replicated: every rank of the world holds these same rows.
         """
         ids, route_weights = moe_gate(
-            x,
+            x.wide(),
             self.gate,
             k=self.topk,
             route_scale=self.route_scale,
@@ -68,18 +81,36 @@ class MoE:
             tid2eid=self.tid2eid,
             token_ids=None if self.tid2eid is None else input_ids,
         )
-        y = self.parallel.forward(
-            x, ids, route_weights, self._run, replicated=replicated, shared=self._shared
+        return self.parallel.forward(
+            x.quant if self.fp8_rows and x.quant is not None else x.wide(),
+            ids,
+            route_weights,
+            self._run,
+            replicated=replicated,
+            shared=lambda start, stop: self._shared(x.slice(start, stop)),
+            dtype=self.projector.dtype,
         )
-        return y.to(x.dtype)
 
-    def _run(self, rows: Tensor, offsets: Tensor, row_weight: Tensor) -> Tensor:
+    def _run(self, rows: Tensor | QuantRows, offsets: Tensor, row_weight: Tensor) -> Tensor:
+        if isinstance(rows, QuantRows):
+            return expert_ffn_quant(
+                rows,
+                offsets,
+                row_weight,
+                self.experts,
+                limit=self.limit,
+                out_dtype=self.projector.dtype,
+            )
         return expert_ffn(
-            rows, offsets, row_weight, self.experts, limit=self.limit, quantize=self.quantize
+            rows,
+            offsets,
+            row_weight,
+            self.experts,
+            limit=self.limit,
+            quantize=self.projector.quantize,
         )
 
-    def _shared(self, x: Tensor) -> Tensor:
-        gate = linear(x, self.w1, quantize=self.quantize)
-        up = linear(x, self.w3, quantize=self.quantize)
-        a = swiglu(gate, up, limit=self.limit)
-        return linear(a, self.w2, quantize=self.quantize)
+    def _shared(self, x: Activations) -> Tensor:
+        gate, up = self.w1_w3.split(self.projector.product(x, self.w1_w3.weight))
+        a = self.projector.swiglu(gate, up, self.w2, self.limit)
+        return self.projector.product(a, self.w2)

@@ -35,7 +35,7 @@ class Experts:
             assert offsets.shape == (local + 1,)
             assert offsets.dtype == torch.int64
             assert row_weight.dtype == torch.float32
-            assert rows.shape[0] == row_weight.shape[0] == int(offsets[-1])
+            assert rows.shape[0] == row_weight.shape[0] >= int(offsets[-1])
             out = torch.full_like(rows, float("nan"))
             for e in range(local):
                 part = slice(int(offsets[e]), int(offsets[e + 1]))
@@ -89,9 +89,11 @@ def check(mesh: ParallelMesh, load: list[int], case: str, dtype: torch.dtype, sh
             mine = slice(0, x.shape[0]) if replicated else own
             seen: list[int] = []
 
-            def shared_rows(part: Tensor, seen: list[int] = seen) -> Tensor:
-                seen.append(part.shape[0])
-                return shared_expert(part)
+            def shared_rows(
+                start: int, stop: int, seen: list[int] = seen, x: Tensor = x[mine]
+            ) -> Tensor:
+                seen.append(stop - start)
+                return shared_expert(x[start:stop])
 
             out = parallel.forward(
                 x[mine],
@@ -100,6 +102,7 @@ def check(mesh: ParallelMesh, load: list[int], case: str, dtype: torch.dtype, sh
                 run,  # type: ignore[arg-type]
                 replicated=replicated,
                 shared=shared_rows if shared else None,
+                dtype=torch.float32,
             )
             label = (cp.size, mesh.tp.size, load, case, dtype, combine, replicated)
             if shared and not replicated and mesh.world.size > 1:  # an even share of the tp ranks
@@ -134,7 +137,15 @@ def check_traffic(rank: int, size: int) -> None:
         mesh = build_mesh(ParallelConfig(cp=size), rank)
         parallel = ExpertParallel(mesh, EXPERTS, combine)  # type: ignore[arg-type]
         run = Experts().runner(parallel.first_expert, parallel.num_local)
-        parallel.forward(x, ids, weights, run, replicated=False, shared=None)  # type: ignore[arg-type]
+        parallel.forward(
+            x,
+            ids,
+            weights,
+            run,  # type: ignore[arg-type]
+            replicated=False,
+            shared=None,
+            dtype=torch.float32,
+        )
         row_bytes = DIM * 2
         dispatch = (size - 1) * 16 + visits * (row_bytes + TOPK * 8)
         answers = mesh.world.stats.received - sum_dispatched(mesh, ids)
@@ -188,4 +199,12 @@ def test_bad_inputs_are_refused() -> None:
     run = Experts().runner(0, EXPERTS)
     ids, weights = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 2)
     with pytest.raises(ValueError, match=r"weights \(2, 2\)"):
-        parallel.forward(torch.zeros(2, DIM), ids, weights, run, replicated=True, shared=None)  # type: ignore[arg-type]
+        parallel.forward(
+            torch.zeros(2, DIM),
+            ids,
+            weights,
+            run,  # type: ignore[arg-type]
+            replicated=True,
+            shared=None,
+            dtype=torch.float32,
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.deepseek_v4 import attention, block, model, mtp
+from model.deepseek_v4 import attention, model, mtp, projection
+from model.forward_batch import DecodeBatch
 from tests.helpers.parity_runs import shape_path
 from tests.helpers.step_driver import (
     Driver,
@@ -22,8 +23,8 @@ from tests.helpers.step_driver import (
     rows_of,
     stream,
 )
-from worker.decode_builder import DecodeBuilder, DecodeRows
-from worker.metadata_buffers import MetadataBuffers
+from worker.decode_builder import DecodeBuilder, DecodeRows, PaddedShape
+from worker.metadata_buffers import MetadataBuffers, aligned_bytes
 
 BASE = Setup(shape=shape_path(), load_mtp=False)
 TOLERANCE = 1e-4
@@ -194,64 +195,85 @@ def test_padded_decode_rows_touch_nothing_vllm_42810_vllm_51593(counts: tuple[in
 
 
 def test_metadata_buffers_keep_their_borders_vllm_42810() -> None:
-    """Canaries around every flat buffer survive steps of all widths."""
+    """Canaries behind every array survive steps of all widths: views never reach into the next one."""
     driver = Driver(replace(BASE, mtp=3, slots=3))
-    buffers = decode_builder(driver).buffers
-    canary, room = -12345, 64
-    wide = {}
-    for name, old in buffers._device.items():
-        wide[name] = torch.full((old.numel() + 2 * room,), canary, dtype=old.dtype)
-        buffers._device[name] = wide[name][room:-room]
+    builder = decode_builder(driver)
     requests = [driver.open(stream(i, 200), slot=i) for i in range(3)]
     driver.prefill(*(Part(request=r, count=120) for r in requests))
+    canary, room = 0x5A, 256
+    size = builder.buffers._device.numel()
+    wide = torch.full((size + 2 * room,), canary, dtype=torch.uint8)
+    builder.buffers._device = wide[room:-room]
     for counts in ((1, 4, 2), (4, 4, 4), (1, 1, 1), (3, 1, 4)):
         driver.decode(*(Row(request=r, forced=c) for r, c in zip(requests, counts, strict=True)))
-    for name, buffer in wide.items():
-        assert (buffer[:room] == canary).all(), name
-        assert (buffer[-room:] == canary).all(), name
+    assert (wide[:room] == canary).all()
+    assert (wide[-room:] == canary).all()
 
 
-def test_decode_seq_lens_is_contiguous_vllm_42135() -> None:
-    """Fewer rows than next_n: the view is dense, lies in the flat buffer, and costs no memory."""
-    max_num_seqs, next_n = 8, 4
-    buffers = MetadataBuffers(
-        {"decode_seq_lens": (max_num_seqs * next_n, torch.int64)}, torch.device("cpu")
-    )
-    home = buffers._device["decode_seq_lens"]
+def test_metadata_is_dense_and_costs_no_memory_vllm_42135() -> None:
+    """Whatever the shape, an array is dense and lies in the one buffer, arrays side by side."""
+    most = np.zeros((8, 4), dtype=np.int64)
+    buffers = MetadataBuffers(2 * aligned_bytes(most.nbytes), torch.device("cpu"))
+    home = buffers._device
     for num_decodes, max_decode_len in ((8, 4), (5, 2), (3, 1), (1, 3), (8, 1)):
         values = np.arange(num_decodes * max_decode_len).reshape(num_decodes, max_decode_len)
-        view = buffers.fill("decode_seq_lens", values)
-        assert view.shape == (num_decodes, max_decode_len)
-        assert view.is_contiguous()
-        assert view.data_ptr() == home.data_ptr()
-        assert view.untyped_storage().data_ptr() == home.untyped_storage().data_ptr()
-        assert torch.equal(view, torch.from_numpy(values))
-    with pytest.raises(ValueError, match="decode_seq_lens: 36 values, the buffer holds 32"):
-        buffers.fill("decode_seq_lens", np.zeros((9, 4)))
+        buffers.begin()
+        first, second = buffers.put(values), buffers.put(values.astype(np.int32) + 7)
+        buffers.commit()
+        for view, want in ((first, values), (second, values.astype(np.int32) + 7)):
+            assert view.shape == (num_decodes, max_decode_len)
+            assert view.is_contiguous()
+            assert view.untyped_storage().data_ptr() == home.untyped_storage().data_ptr()
+            assert torch.equal(view, torch.from_numpy(want))
+        assert first.data_ptr() == home.data_ptr()
+    buffers.begin()
+    with pytest.raises(ValueError, match="576 bytes of metadata after 0, the buffer holds 512"):
+        buffers.put(np.zeros((18, 4), dtype=np.int64))
+    with pytest.raises(ValueError, match="float64, allowed: int64, int32"):
+        buffers.put(np.zeros(1))
 
 
 def test_decode_batches_live_in_the_same_memory_vllm_42135() -> None:
-    """Steps of any width put their metadata at the addresses of the first one."""
+    """Two steps of one shape put every array at the same address: what a captured graph reads."""
     driver = Driver(replace(BASE, mtp=3))
     for slot in range(4):
         request = driver.open(stream(slot, 200), slot=slot)
         driver.prefill(Part(request=request, count=190))
     builder = decode_builder(driver)
-    homes = {name: t.data_ptr() for name, t in builder.buffers._device.items()}
     for widths in ((1, 1, 1, 1), (1, 4, 2), (2,), (4, 4, 4, 4)):
-        rows = [DecodeRows(slot=s, position=190, tokens=[1] * n) for s, n in enumerate(widths)]
-        batch = builder.build(rows)
-        assert batch.num_rows == len(widths) * max(widths)
-        for name in ("input_ids", "positions", "row_seq", "window_dest", "window_slots"):
-            tensor = getattr(batch, name)
-            assert tensor.is_contiguous()
-            assert tensor.data_ptr() == homes[name], name
-        for ratio, group in batch.groups.items():
-            assert group.state_dest.data_ptr() == homes[f"state_dest_{ratio}"]
-        padded = [i * max(widths) + j for i, n in enumerate(widths) for j in range(n, max(widths))]
+        homes: list[dict[str, int]] = []
+        for position in (190, 57):
+            rows = [
+                DecodeRows(slot=s, position=position, tokens=[1] * n) for s, n in enumerate(widths)
+            ]
+            batch = builder.build(rows, padded=PaddedShape(len(widths) + 1, 8))
+            homes.append({name: t.data_ptr() for name, t in batch_tensors(batch)})
+            assert all(t.is_contiguous() for _, t in batch_tensors(batch))
+        assert homes[0] == homes[1]
+        width = max(widths)
+        assert batch.num_rows == (len(widths) + 1) * width
+        padded = [i * width + j for i, n in enumerate((*widths, 0)) for j in range(n, width)]
         assert (batch.window_dest[padded] == -1).all()
         assert (batch.window_slots[padded] == -1).all()
         assert all((n[padded] == 0).all() for n in batch.num_entries.values())
+        for group in batch.groups.values():
+            assert (group.state_base[padded] == -1).all()
+            assert (group.main_slots[padded] == -1).all()
+        assert batch.block_table.shape == (len(widths) + 1, 8)
+        assert (batch.block_table[-1] == -1).all()
+
+
+def batch_tensors(batch: DecodeBatch) -> list[tuple[str, Tensor]]:
+    """Every tensor of a decode batch, named."""
+    found = [(f.name, getattr(batch, f.name)) for f in fields(batch)]
+    plain = [(name, t) for name, t in found if isinstance(t, Tensor)]
+    for ratio, group in batch.groups.items():
+        plain.append((f"num_entries_{ratio}", batch.num_entries[ratio]))
+        for f in fields(group):
+            value = getattr(group, f.name)
+            if isinstance(value, Tensor) and value.numel():
+                plain.append((f"{f.name}_{ratio}", value))
+    return plain
 
 
 def test_each_norm_is_applied_once_vllm_42810(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,16 +289,22 @@ def test_each_norm_is_applied_once_vllm_42810(monkeypatch: pytest.MonkeyPatch) -
 
         return wrapper
 
-    for module in (attention, block, model, mtp):
+    for module in (projection, model, mtp):
         monkeypatch.setattr(module, "rms_norm", counted(module.rms_norm))  # type: ignore[attr-defined]
-    monkeypatch.setattr(attention, "kv_norm_rope", counted(attention.kv_norm_rope))
+    monkeypatch.setattr(attention, "kv_insert", counted(attention.kv_insert))
+    fused = attention.qkv_norm_rope
+
+    def qkv_norm_rope(q: Tensor, kv: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return counted(lambda *_: fused(q, kv, weight, *args, **kwargs))(kv, weight)
+
+    monkeypatch.setattr(attention, "qkv_norm_rope", qkv_norm_rope)
     net = driver.worker._model
     assert net is not None
     assert net.mtp is not None
     names = {}
     for number, layer in enumerate([*net.blocks, net.mtp.block]):
-        names[layer.attn_norm.data_ptr()] = f"{number}.attn_norm"
-        names[layer.ffn_norm.data_ptr()] = f"{number}.ffn_norm"
+        names[layer.hc_attn.norm.data_ptr()] = f"{number}.attn_norm"
+        names[layer.hc_ffn.norm.data_ptr()] = f"{number}.ffn_norm"
         names[layer.attn.q_norm.data_ptr()] = f"{number}.q_norm"
         names[layer.attn.kv_norm.data_ptr()] = f"{number}.kv_norm"
     names |= {net.norm.data_ptr(): "norm", net.mtp.norm.data_ptr(): "mtp.norm"}
