@@ -221,6 +221,12 @@ def own_kernel(op: str, device: torch.device) -> Callable[..., Any]:
     return function
 
 
+def twin(op: str) -> Callable[..., Any]:
+    """The torch twin of ``op``."""
+    function: Callable[..., Any] = getattr(_module(_candidates(op)[-1]), op)
+    return function
+
+
 def _candidates(op: str) -> tuple[Implementation, ...]:
     """Every implementation of ``op``, best first, the torch twin last."""
     twin = Implementation(
