@@ -81,6 +81,7 @@ class ClusterConfig:
     kv_cache: KVCacheConfig = field(default_factory=KVCacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
+    cuda_graphs: bool = True
     cluster: ClusterSection = field(default_factory=ClusterSection)
 
     def worker(self, *, load_mtp: bool = False) -> WorkerConfig:
@@ -92,6 +93,7 @@ class ClusterConfig:
             kv_cache=self.kv_cache,
             scheduler=self.scheduler,
             speculative=self.speculative,
+            cuda_graphs=self.cuda_graphs,
             load_mtp=load_mtp,
             step_deadline_s=self.cluster.deadline_s(self.scheduler.max_batched_tokens),
         )

@@ -47,6 +47,8 @@ MEANINGS: dict[str, str] = {
     "scheduler.max_num_seqs": "requests that run at once",
     "scheduler.prefix_cache": "reuse the blocks of equal prompt beginnings",
     "speculative.mtp": "tokens the MTP block drafts per step; 0: off",
+    "cuda_graphs": "run decode steps as CUDA graphs, captured per padded shape when it is first seen "
+    "(CUDA, `release`, without `parallel.dcp`)",
     "cluster.executor": "`ray`: one actor per rank; `local`: plain processes of this machine",
     "cluster.nodes": "machines the ranks are spread over, equally",
     "cluster.ray.address": "`host:port` of a running Ray to join; empty: start one here and end it "

@@ -59,5 +59,6 @@ class WorkerConfig:
     kv_cache: KVCacheConfig = field(default_factory=KVCacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
+    cuda_graphs: bool = True  # decode steps as CUDA graphs, where device and model allow
     load_mtp: bool = False  # load the MTP block even with speculative.mtp 0 (score --mtp)
     step_deadline_s: float = 60.0

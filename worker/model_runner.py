@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from model.deepseek_v4.model import DeepSeekV4
+from model.forward_batch import DecodeBatch
 from model.parallel.context import share_rows
 from model.parallel.mesh import ParallelMesh
+from worker.cuda_graph import DecodeGraphs
 from worker.decode_builder import DecodeBuilder, DecodeRows
 from worker.drafter import Drafter, DraftRequest
 from worker.kv_cache import KVCachePool
@@ -47,9 +49,12 @@ class ModelRunner:
         mesh: ParallelMesh,
         *,
         num_drafts: int,
+        graphs: bool,
     ) -> None:
         self.model, self.pool, self.slots, self.mesh = model, pool, slots, mesh
         self.prefill_builder, self.decode_builder = prefill, decode
+        self.num_drafts = num_drafts
+        self.graphs = DecodeGraphs(self._forward) if graphs else None
         self.sampler = RankSampler(mesh.world, pool.device)
         self.drafter = (
             Drafter(model, pool, decode, prefill, self.sampler, num_drafts) if model.mtp else None
@@ -100,13 +105,7 @@ class ModelRunner:
         for s, slot in zip(slices, held, strict=True):
             self.slots.append_blocks(s.slot, s.block_ids)
             rows.append(DecodeRows(slot=s.slot, position=s.position, tokens=_tokens(s, slot)))
-        batch = self.decode_builder.build(rows)
-        width = batch.num_rows // len(rows)
-        streams = self.model.decode(batch, self.pool.layers)
-        flat = [(i, j) for i, r in enumerate(rows) for j in range(len(r.tokens))]
-        picked = torch.tensor([i * width + j for i, j in flat], device=streams.device)
-        streams = streams[picked]
-        logits = self.model.logits(self.model.head_rows(streams))
+        flat, streams, logits = self._decode_rows(rows)
         first = {i: k for k, (i, j) in enumerate(flat) if j == 0}
         outputs: list[SliceOutput] = []
         drafts: list[DraftRequest] = []
@@ -146,6 +145,29 @@ class ModelRunner:
         if self.drafter is not None and drafts:
             self.drafter.draft(drafts)
         return outputs if self._speaks else []
+
+    def _decode_rows(
+        self, rows: Sequence[DecodeRows]
+    ) -> tuple[list[tuple[int, int]], Tensor, Tensor]:
+        """(slice, token) of every row of the step, and their streams and logits."""
+        padded = None
+        if self.graphs is not None:
+            blocks = max(self.slots.num_blocks[r.slot] for r in rows)
+            padded = self.graphs.shape(len(rows), max(blocks, 1))
+        batch = self.decode_builder.build(rows, padded=padded)
+        run = self._forward if self.graphs is None else self.graphs.run
+        streams, logits = run(batch)
+        width = max(len(r.tokens) for r in rows)
+        flat = [(i, j) for i, r in enumerate(rows) for j in range(len(r.tokens))]
+        if len(flat) == len(rows) * width:  # padding, if any, comes last
+            return flat, streams[: len(flat)], logits[: len(flat)]
+        picked = torch.tensor([i * width + j for i, j in flat], device=streams.device)
+        return flat, streams[picked], logits[picked]
+
+    def _forward(self, batch: DecodeBatch) -> tuple[Tensor, Tensor]:
+        """Streams [T, R, D] and logits [T, V] of all rows, padded ones too."""
+        streams = self.model.decode(batch, self.pool.layers)
+        return streams, self.model.logits(self.model.head_rows(streams))
 
     @property
     def _speaks(self) -> bool:

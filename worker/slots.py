@@ -91,6 +91,12 @@ class SlotTable:
         self.append_blocks(init.slot, init.block_ids)
         return slot
 
+    def clear(self) -> None:
+        """Give every slot back."""
+        self.slots = [None] * len(self.slots)
+        self.block_table[:] = -1
+        self.num_blocks = [0] * len(self.num_blocks)
+
     def get(self, index: int, request_id: int) -> Slot:
         """The slot's request; RuntimeError when the engine and the ranks disagree about it."""
         slot = self.slots[index]

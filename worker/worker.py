@@ -19,12 +19,14 @@ from model.parallel.config import MeshCoord
 from model.parallel.mesh import ParallelMesh
 from worker.cache_size import plan_cache
 from worker.config import WorkerConfig
+from worker.cuda_graph import DecodeGraphs, graph_obstacle
 from worker.decode_builder import DecodeBuilder
 from worker.distributed import join_world, leave_world
 from worker.kv_cache import KVCachePool
 from worker.model_runner import ModelRunner
 from worker.prefill_builder import PrefillBuilder
 from worker.protocol import CacheInfo, StepOutput, StepPlan
+from worker.rehearsal import rehearse
 from worker.slots import SlotTable
 
 
@@ -46,6 +48,7 @@ class Worker:
         self._model: DeepSeekV4 | None = None
         self._pool: KVCachePool | None = None
         self._slots: SlotTable | None = None
+        self._info: CacheInfo | None = None
         self._runner: ModelRunner | None = None
 
     def init_distributed(self, init_method: str) -> None:
@@ -133,8 +136,9 @@ class Worker:
             decode,
             mesh,
             num_drafts=spec.max_drafts,
+            graphs=self.config.cuda_graphs and not self.graph_obstacle(),
         )
-        return CacheInfo(
+        self._info = CacheInfo(
             num_blocks=size.num_blocks,
             block_size=spec.block_size,
             num_slots=size.num_slots,
@@ -143,11 +147,34 @@ class Worker:
             allocated_bytes=self._pool.nbytes,
             weight_bytes=self.weight_bytes,
         )
+        return self._info
+
+    def graph_obstacle(self) -> str:
+        """Why decode steps run without CUDA graphs here; empty when nothing is in the way."""
+        config = self._need_model().config
+        return graph_obstacle(config, self.numerics, self.config.parallel, self.device)
 
     def warm_up(self) -> None:
-        """Compile the ops' kernels, then wait until every rank is here."""
+        """Compile the ops' kernels, rehearse steps on a GPU, then wait until every rank is here."""
         build(self.device)
+        if self.device.type == "cuda":
+            self._rehearse()
         self._need_mesh().world.barrier()
+
+    def _rehearse(self) -> None:
+        info, slots, runner = self._info, self._slots, self._runner
+        if info is None or slots is None or runner is None:
+            raise RuntimeError("warm_up before init_cache")
+        rehearse(
+            self.execute,
+            num_slots=info.num_slots,
+            num_blocks=info.num_blocks,
+            block_size=info.block_size,
+            max_model_len=info.max_model_len,
+            num_drafts=runner.num_drafts,
+            batches=DecodeGraphs.batches(info.num_slots) if runner.graphs is not None else [1],
+        )
+        slots.clear()
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepOutput:
