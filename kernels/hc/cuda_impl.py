@@ -1,9 +1,10 @@
 """Hyper-connections in CUDA C++ for what is served: bfloat16, four streams, wide rows.
 
-Other shapes and float32 take the Triton kernels of this folder. Groups of blocks wait for each other,
-so all blocks of a launch must fit on the device at once, and two launches must not overlap: these ops
-belong to one stream of a device. The first call on a device allocates and compiles; make it before a
-graph is captured.
+Other shapes and float32 take the Triton kernels of this folder. Up to ``_FEW`` tokens one launch of
+clusters does everything, the RMSNorm and the FP8 form behind included. Above, groups of blocks wait for
+each other, so all blocks of a launch must fit on the device at once, and two launches must not overlap:
+these ops belong to one stream of a device. The first call on a device allocates and compiles; make it
+before a graph is captured.
 """
 
 from __future__ import annotations
@@ -19,16 +20,15 @@ from kernels.hc import reference
 from kernels.hc.triton_impl import collapse as triton_collapse
 from kernels.hc.triton_impl import hc_post as hc_post
 from kernels.nvcc import check_launch, load_library, pointer, stream
+from kernels.quant_rows.api import QuantRows, empty_quant_rows, rms_norm_quant
 from kernels.triton_math import twin_for_float64
 
 _CUDA = Path(__file__).parent / "cuda"
 _SOURCES = [_CUDA / name for name in ("hc.cu", "hc_math.cuh", "hc_tiles.cuh", "hc_few.cuh")]
 _STREAMS, _SLAB, _TILE, _RING, _SUMS = 4, 256, 16, 8, 448  # as in the sources
-_WARPS = 16  # whose sums of few tokens are kept apart
-_FEW = 64  # tokens up to which the streams are made by an op of their own
-_COLUMNS = 1024  # of a block that finishes one of few tokens
-_MAX_SLABS = 28  # whose sums fit beside the tiles
-_MIN_SLABS = 16  # each block of a group finishes the factors of one token of a tile
+_FEW = 64  # tokens up to which clusters run
+_MULTIPLE = 1024  # columns come in multiples of this
+_SLABS = range(16, 29)  # blocks of a group that the kernels take
 _PRE, _HEAD, _POST_PRE = range(3)
 
 
@@ -39,17 +39,17 @@ def build() -> None:
 
 @functools.cache
 def _workspace(device: torch.device) -> tuple[int, Tensor, Tensor]:
-    """Blocks that run at once, the ring of sums and the flags (zero between launches)."""
+    """Blocks that run at once; the ring of tagged words; the epoch of the tags and a counter."""
     blocks = int(load_library(*_SOURCES).causeway_hc_blocks())
-    ring = torch.zeros(blocks * max(_RING, _WARPS) * _SUMS, dtype=torch.float32, device=device)
-    flags = torch.zeros(blocks * _RING + 1, dtype=torch.int32, device=device)
-    return blocks, ring, flags
+    words = blocks * _RING * (_SUMS + _TILE * _STREAMS)
+    ring = torch.zeros(words, dtype=torch.int64, device=device)
+    return blocks, ring, torch.zeros(2, dtype=torch.int32, device=device)
 
 
 def _aligned(x: Tensor) -> Tensor:
     """``x``, or a copy of it if a row does not start at a multiple of 16 bytes."""
-    whole = all(s % 8 == 0 for s in x.stride()[:-1]) and x.data_ptr() % 16 == 0
-    return x if whole else x.contiguous()
+    whole = all(s * x.element_size() % 16 == 0 for s in x.stride()[:-1]) and x.data_ptr() % 16 == 0
+    return x if whole else x.clone(memory_format=torch.contiguous_format)
 
 
 def collapse(
@@ -67,52 +67,125 @@ def collapse(
 
     With ``mixed`` = (a, post, comb) of the sub-layer before, ``x`` goes through ``hc_post`` first.
     """
-    tokens, r, dim = x.shape
-    fn, scale, base = fn.contiguous(), scale.contiguous(), base.contiguous()
-    if mixed is not None:
-        mixed = (mixed[0], mixed[1].contiguous(), mixed[2].contiguous())
-    fits = r == _STREAMS and dim % _COLUMNS == 0 and _MIN_SLABS <= dim // _SLAB <= _MAX_SLABS
-    blocks = _workspace(x.device)[0] if fits and x.dtype is torch.bfloat16 else 0
-    if tokens == 0 or blocks < max(1, dim // _SLAB):
+    tokens, _, dim = x.shape
+    if tokens == 0 or not _fits(x):
         streams = x if mixed is None else hc_post(mixed[0], x, mixed[1], mixed[2])
         return streams, *triton_collapse(
-            streams, fn, scale, base, iters=iters, eps=eps, norm_eps=norm_eps
+            streams,
+            fn.contiguous(),
+            scale.contiguous(),
+            base.contiguous(),
+            iters=iters,
+            eps=eps,
+            norm_eps=norm_eps,
         )
-    _, ring, flags = _workspace(x.device)
-    if mixed is not None and tokens <= _FEW:
-        x, mixed = hc_post(mixed[0], x, mixed[1], mixed[2]), None
-    x = _aligned(x)
-    new = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
     out = torch.empty((tokens, dim), dtype=x.dtype, device=x.device)
+    streams, post, comb = _launch(
+        x, fn, scale, base, out, iters=iters, eps=eps, norm_eps=norm_eps, mixed=mixed
+    )
+    return streams, out, post, comb
+
+
+def collapse_norm(
+    x: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    norm_weight: Tensor,
+    *,
+    iters: int,
+    eps: float,
+    norm_eps: float,
+    rms_eps: float,
+    mixed: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, QuantRows, Tensor, Tensor]:
+    """``(streams, normed, rows, post, comb)``: ``collapse``, then ``rms_norm_quant``."""
+    tokens, _, dim = x.shape
+    if not 0 < tokens <= _FEW or not _fits(x):
+        streams, out, post, comb = collapse(
+            x, fn, scale, base, iters=iters, eps=eps, norm_eps=norm_eps, mixed=mixed
+        )
+        return streams, *rms_norm_quant(out, norm_weight, rms_eps), post, comb
+    normed = torch.empty((tokens, dim), dtype=x.dtype, device=x.device)
+    rows = empty_quant_rows(tokens, dim, x.device)
+    streams, post, comb = _launch(
+        x,
+        fn,
+        scale,
+        base,
+        normed,
+        iters=iters,
+        eps=eps,
+        norm_eps=norm_eps,
+        mixed=mixed,
+        norm=(_aligned(norm_weight.contiguous()), rows, rms_eps),
+    )
+    return streams, normed, rows, post, comb
+
+
+def _fits(x: Tensor) -> bool:
+    """Whether the CUDA kernels take these streams."""
+    _, r, dim = x.shape
+    if x.dtype is not torch.bfloat16 or r != _STREAMS or dim % _MULTIPLE:
+        return False
+    return dim // _SLAB in _SLABS and _workspace(x.device)[0] >= dim // _SLAB
+
+
+def _launch(
+    x: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    out: Tensor,
+    *,
+    iters: int,
+    eps: float,
+    norm_eps: float,
+    mixed: tuple[Tensor, Tensor, Tensor] | None,
+    norm: tuple[Tensor, QuantRows, float] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fill ``out`` (and the rows of ``norm``); returns the streams, post and comb."""
+    tokens, r, dim = x.shape
+    blocks, ring, flags = _workspace(x.device)
+    x, fn = _aligned(x), _aligned(fn.contiguous())
+    scale, base = scale.contiguous(), base.contiguous()
+    new = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
     post = new((tokens, r) if iters else (0,))
     comb = new((tokens, r, r) if iters else (0,))
-    streams, old = x, None
+    streams, a = x, None
+    old: tuple[Tensor | None, ...] = (None, None)
     if mixed is not None:
         streams = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        old = tuple(map(_aligned, mixed))
-    a, old_post, old_comb = old or (None, None, None)
-    groups = min(blocks // (dim // _SLAB), -(-tokens // _TILE))
-    mode = _POST_PRE if mixed is not None else _PRE if iters else _HEAD
+        a, old = _aligned(mixed[0]), tuple(_aligned(f.contiguous()) for f in mixed[1:])
+    weight, rows, rms_eps = norm or (None, None, 0.0)
     code = load_library(*_SOURCES).causeway_hc(
-        ctypes.c_int(mode),
+        ctypes.c_int(_POST_PRE if mixed is not None else _PRE if iters else _HEAD),
+        ctypes.c_int(tokens <= _FEW),
         pointer(x),
         ctypes.c_int64(x.stride(0)),
         ctypes.c_int64(x.stride(1)),
         pointer(a),
         ctypes.c_int64(0 if a is None else a.stride(0)),
-        *map(pointer, (old_post, old_comb, fn, scale, base, streams, out, post, comb)),
+        *map(pointer, (*old, fn, scale, base, weight)),
+        ctypes.c_int(weight is not None and weight.dtype is torch.float32),
+        *map(pointer, (streams, out, post, comb)),
+        pointer(None if rows is None else rows.q),
+        ctypes.c_int64(0 if rows is None else rows.q.stride(0)),
+        pointer(None if rows is None else rows.scale),
+        ctypes.c_int64(0 if rows is None else rows.scale.stride(0)),
         pointer(ring),
         pointer(flags),
         ctypes.c_int64(tokens),
         ctypes.c_int(dim),
-        ctypes.c_int(groups),
+        ctypes.c_int(min(blocks // (dim // _SLAB), -(-tokens // _TILE))),
         ctypes.c_int(iters),
         ctypes.c_float(eps),
         ctypes.c_float(norm_eps),
+        ctypes.c_float(rms_eps),
         stream(x),
     )
     check_launch("hc", code)
-    return streams, out, post, comb
+    return streams, post, comb
 
 
 @twin_for_float64(reference.hc_pre)

@@ -1,10 +1,9 @@
 // hc_pre, hc_head and hc_post_pre for bf16 streams, four of them: each stream value is read once.
-// Contracts: kernels/hc/api.py and kernels/hc_post_pre/api.py.
+// Contracts: kernels/hc/api.py, kernels/hc_post_pre/api.py and kernels/hc_norm/api.py.
 //
-// A block owns 256 columns of every stream and keeps the mixing weight of those 1024 values in
-// registers for its whole life: tensor-core fragments of three bf16 parts that add up to the f32 weight,
-// so every product is exact. The blocks of all slabs of a row form a group; groups walk over tiles of 16
-// tokens (hc_tiles.cuh). Few tokens are spread over more and smaller blocks (hc_few.cuh).
+// A block owns 256 columns of every stream and multiplies them by three bf16 parts that add up to the f32
+// weight, so every product is exact. Many tokens: the blocks of all slabs of a row form a group, groups
+// walk over tiles of 16 tokens (hc_tiles.cuh). Few tokens: a cluster of blocks for eight (hc_few.cuh).
 // Sums run in a fixed order (tensor core over 64 columns, warps, slabs) that no other token touches and
 // that both kernels share.
 #include "hc_few.cuh"
@@ -12,26 +11,6 @@
 
 namespace causeway {
 namespace hc {
-
-// The sums of 64 tokens fit in the ring.
-constexpr int kFewTokens = 64;
-
-template <Mode kMode>
-cudaError_t launch_few(const Arguments& args, cudaStream_t stream) {
-  unsigned tiles = (unsigned)((args.tokens + kTile - 1) / kTile);
-  few_mix_kernel<kMode><<<dim3(args.slabs * kWarps, tiles), 32, 0, stream>>>(args);
-  // The second kernel starts while the first runs, loads its streams and waits for the sums.
-  cudaLaunchAttribute early;
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((unsigned)args.tokens, args.dim / kColumns);
-  config.blockDim = dim3(kFinishThreads);
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, few_finish_kernel<kMode>, args);
-}
 
 template <Mode kMode>
 cudaError_t launch(const Arguments& args, cudaStream_t stream) {
@@ -54,12 +33,24 @@ extern "C" int causeway_hc_blocks() {
   return count;
 }
 
-// mode: 0 hc_pre, 1 hc_head, 2 hc_post_pre. comb: null for hc_head. Returns a CUDA error code.
-extern "C" int causeway_hc(int mode, const void* x, int64_t x_token, int64_t x_stream, const void* a,
-                           int64_t a_token, const void* post_in, const void* comb_in, const void* fn,
-                           const void* scale, const void* base, void* streams, void* out, void* post,
-                           void* comb, void* ring, void* flags, int64_t tokens, int dim,
-                           int groups, int iters, float eps, float norm_eps, void* stream) {
+namespace {
+
+template <causeway::hc::Mode kMode>
+cudaError_t run(const causeway::hc::Arguments& args, bool few, cudaStream_t stream) {
+  return few ? causeway::hc::start_few<kMode>(args, stream) : causeway::hc::launch<kMode>(args, stream);
+}
+
+}  // namespace
+
+// mode: 0 hc_pre, 1 hc_head, 2 hc_post_pre. comb: null for hc_head. few: a cluster for eight tokens, then
+// with norm_weight also the RMSNorm and the FP8 form (out is the normed row). Returns a CUDA error code.
+extern "C" int causeway_hc(int mode, int few, const void* x, int64_t x_token, int64_t x_stream,
+                           const void* a, int64_t a_token, const void* post_in, const void* comb_in,
+                           const void* fn, const void* scale, const void* base, const void* norm_weight,
+                           int norm_is_float, void* streams, void* out, void* post, void* comb,
+                           void* codes, int64_t code_row, void* code_scale, int64_t code_scale_row,
+                           void* ring, void* flags, int64_t tokens, int dim, int groups, int iters,
+                           float eps, float norm_eps, float rms_eps, void* stream) {
   using namespace causeway::hc;
   Arguments args;
   args.x = static_cast<const __nv_bfloat16*>(x);
@@ -69,30 +60,38 @@ extern "C" int causeway_hc(int mode, const void* x, int64_t x_token, int64_t x_s
   args.fn = static_cast<const float*>(fn);
   args.scale = static_cast<const float*>(scale);
   args.base = static_cast<const float*>(base);
+  args.norm_weight = norm_weight;
   args.streams = static_cast<__nv_bfloat16*>(streams);
   args.out = static_cast<__nv_bfloat16*>(out);
   args.post = static_cast<float*>(post);
   args.comb = static_cast<float*>(comb);
   args.ring = static_cast<float*>(ring);
   args.flags = static_cast<unsigned*>(flags);
+  args.codes = static_cast<uint8_t*>(codes);
+  args.code_scale = static_cast<uint8_t*>(code_scale);
   args.x_token = x_token;
   args.x_stream = x_stream;
   args.a_token = a_token;
+  args.code_row = code_row;
+  args.code_scale_row = code_scale_row;
   args.tokens = tokens;
   args.dim = dim;
   args.slabs = dim / kSlab;
   args.groups = groups;
   args.iters = iters;
+  args.norm_is_float = norm_is_float;
   args.eps = eps;
   args.norm_eps = norm_eps;
+  args.rms_eps = rms_eps;
   cudaStream_t queue = static_cast<cudaStream_t>(stream);
-  cudaError_t code;
-  if (tokens <= kFewTokens && mode != 2) {
-    code = mode == 0 ? launch_few<Mode::kPre>(args, queue) : launch_few<Mode::kHead>(args, queue);
-  } else {
-    code = mode == 0   ? launch<Mode::kPre>(args, queue)
-           : mode == 1 ? launch<Mode::kHead>(args, queue)
-                       : launch<Mode::kPostPre>(args, queue);
+  switch (mode) {
+    case 0:
+      return run<Mode::kPre>(args, few != 0, queue);
+    case 1:
+      return run<Mode::kHead>(args, few != 0, queue);
+    case 2:
+      return run<Mode::kPostPre>(args, few != 0, queue);
+    default:
+      return cudaErrorInvalidValue;
   }
-  return static_cast<int>(code);
 }

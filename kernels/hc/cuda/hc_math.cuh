@@ -1,18 +1,18 @@
 // What both kernels of hc_pre, hc_head and hc_post_pre compute with: the weight's fragments, a warp's
 // mix of 64 columns, the factors. The two kernels give the same bits because these are the same.
 #pragma once
+#include <cuda_fp8.h>
+
 #include "hopper.cuh"
 
 namespace causeway {
 namespace hc {
 
-constexpr int kTile = 16;  // tokens
 constexpr int kStreams = 4;
-constexpr int kSlab = 256;  // columns of each stream
-constexpr int kWarps = 16;  // that share the 1024 values of a slab
-constexpr int kSteps = 4;   // products of 16 columns that one warp chains
+constexpr int kSlab = 256;   // columns of each stream
+constexpr int kWarps = 16;   // that share the 1024 values of a slab: 64 columns of a stream each
+constexpr int kSteps = 4;    // products of 16 columns that one warp chains
 constexpr int kRecord = 28;  // sums of a token: 4 pre, squares, 4 post, 16 comb, padding
-constexpr int kSums = kRecord * kTile;
 
 enum class Mode { kPre, kHead, kPostPre };
 
@@ -24,22 +24,20 @@ struct Arguments {
   const float* fn;
   const float* scale;
   const float* base;
+  const void* norm_weight;  // of the RMSNorm behind, or null: then `out` is the collapsed row
   __nv_bfloat16* streams;
   __nv_bfloat16* out;
   float* post;
   float* comb;
   float* ring;
-  unsigned* flags;  // [groups, ring], then the count of finished blocks; all zero between launches
-  int64_t x_token, x_stream, a_token, tokens;
-  int dim, slabs, groups, iters;
-  float eps, norm_eps;
+  unsigned* flags;
+  uint8_t* codes;  // FP8 form of the normed row, one scale byte for 128 columns
+  uint8_t* code_scale;
+  int64_t x_token, x_stream, a_token, code_row, code_scale_row, tokens;
+  int dim, slabs, groups, iters, norm_is_float;
+  float eps, norm_eps, rms_eps;
 };
 
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  uint32_t word;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-  return word;
-}
 __device__ __forceinline__ float low_half(uint32_t word) { return __uint_as_float(word << 16); }
 __device__ __forceinline__ float high_half(uint32_t word) {
   return __uint_as_float(word & 0xffff0000u);
@@ -54,15 +52,28 @@ __device__ __forceinline__ uint32_t mix_pair(float post, const float (&comb)[4],
     low = fmaf(comb[j], low_half(old[j]), low);
     high = fmaf(comb[j], high_half(old[j]), high);
   }
-  return pack(low, high);
+  return pack_bf16(low, high);
+}
+
+// Eight columns of a stream after hc_post.
+__device__ __forceinline__ uint4 mix_columns(float post, const float (&comb)[4], const uint4& a,
+                                             const uint4 (&x)[kStreams]) {
+  uint4 mixed;
+#pragma unroll
+  for (int word = 0; word < 4; ++word) {
+    uint32_t old[kStreams] = {(&x[0].x)[word], (&x[1].x)[word], (&x[2].x)[word], (&x[3].x)[word]};
+    (&mixed.x)[word] = mix_pair(post, comb, (&a.x)[word], old);
+  }
+  return mixed;
 }
 
 // Three bf16 pairs that add up to a pair of f32.
-__device__ __forceinline__ void split(float2 v, uint32_t& high, uint32_t& middle, uint32_t& low) {
-  high = pack(v.x, v.y);
-  float2 rest = {v.x - low_half(high), v.y - high_half(high)};
-  middle = pack(rest.x, rest.y);
-  low = pack(rest.x - low_half(middle), rest.y - high_half(middle));
+__device__ __forceinline__ void split(float x, float y, uint32_t& high, uint32_t& middle, uint32_t& low) {
+  high = pack_bf16(x, y);
+  x -= low_half(high);
+  y -= high_half(high);
+  middle = pack_bf16(x, y);
+  low = pack_bf16(x - low_half(middle), y - high_half(middle));
 }
 
 __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
@@ -74,161 +85,174 @@ __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uin
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// Rows 0..15 of the weight in three parts; rows 16..23 as (high over middle) and (low over zeros).
-struct Weight {
-  uint32_t first[kSteps][3][4];
-  uint32_t second[kSteps][6];
+// The columns of a tensor-core product are dealt so that a lane's share of two steps lies together:
+// step 2 h + s takes columns 32 h + 8 (lane % 4) + 4 s .. + 3 from each lane.
+__device__ __forceinline__ int lane_column(int lane) { return lane % 4 * 8; }
+
+// The f32 weights of a warp's 64 columns as they lie in memory: rows lane / 4 + 8 i, four columns a step.
+struct RawWeight {
+  float4 row[3][kSteps];
 };
 
 template <Mode kMode>
-__device__ __forceinline__ void load_weight(Weight& weight, const Arguments& args, int slab, int warp,
-                                            int lane) {
+__device__ __forceinline__ void load_raw(RawWeight& raw, const Arguments& args, int slab, int warp,
+                                         int lane) {
   constexpr int kMixes = kMode == Mode::kHead ? kStreams : 24;
-  int row = lane / 4, stream = warp / 4;
-  int64_t width = (int64_t)kStreams * args.dim;
-  int64_t column = (int64_t)stream * args.dim + slab * kSlab + (warp % 4) * 64 + (lane % 4) * 2;
-  auto pair = [&](int r, int64_t at) {
-    return r < kMixes ? *reinterpret_cast<const float2*>(args.fn + r * width + at)
-                      : make_float2(0.0f, 0.0f);
-  };
+  const float* from = args.fn + (int64_t)(lane / 4) * kStreams * args.dim +
+                      (int64_t)(warp / 4) * args.dim + slab * kSlab + warp % 4 * 64 + lane_column(lane);
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    int64_t at = column + step * 16;
+  for (int i = 0; i < 3; ++i) {
 #pragma unroll
-    for (int part = 0; part < 4; ++part) {  // fragment registers: (row, k), (row + 8, k), (row, k + 8), ..
-      uint32_t high, middle, low;
-      split(pair(row + (part % 2) * 8, at + (part / 2) * 8), high, middle, low);
-      weight.first[step][0][part] = high;
-      weight.first[step][1][part] = middle;
-      weight.first[step][2][part] = low;
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      uint32_t high, middle, low;
-      split(pair(row + 16, at + half * 8), high, middle, low);
-      weight.second[step][half * 2] = high;
-      weight.second[step][half * 2 + 1] = middle;
-      weight.second[step][4 + half] = low;
+    for (int step = 0; step < kSteps; ++step) {
+      const float* at = from + (int64_t)i * 8 * kStreams * args.dim + step / 2 * 32 + step % 2 * 4;
+      raw.row[i][step] = lane / 4 + 8 * i < kMixes ? __ldg(reinterpret_cast<const float4*>(at))
+                                                   : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     }
   }
 }
 
-// A warp's sums over its 64 columns for a tile of tokens, to `partial` [kTile, kRecord].
-// fetch(half, step, b0, b1) gives the fragment of token 8 * half + lane / 4: the pairs of columns
-// 16 * step + 2 * (lane % 4) and 8 further.
-template <Mode kMode, typename Fetch>
-__device__ __forceinline__ void mix(const Weight& weight, float* partial, int lane, Fetch fetch) {
-  float first[2][4] = {}, second[2][4] = {}, square[2] = {};
+// Fragments of one step: rows 0..15 in three parts; rows 16..23 as (high over middle) and (low over zeros).
+struct Step {
+  uint32_t first[3][4];
+  uint32_t second[6];
+};
+
+__device__ __forceinline__ void split_step(Step& weight, const RawWeight& raw, int step) {
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    uint32_t b[2][2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) fetch(half, step, b[half][0], b[half][1]);
-#pragma unroll
-    for (int part = 2; part >= 0; --part) {
-      const uint32_t* a = weight.first[step][part];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) mma(first[half], a[0], a[1], a[2], a[3], b[half][0], b[half][1]);
-      if constexpr (kMode != Mode::kHead) {
-        const uint32_t* other = weight.second[step];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          if (part == 2) mma(second[half], other[4], 0, other[5], 0, b[half][0], b[half][1]);
-          if (part == 1) {
-            mma(second[half], other[0], other[1], other[2], other[3], b[half][0], b[half][1]);
-          }
-        }
-      }
-    }
+  for (int i = 0; i < 3; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int word = 0; word < 2; ++word) {
-        float low = low_half(b[half][word]), high = high_half(b[half][word]);
-        square[half] = fmaf(low, low, square[half]);
-        square[half] = fmaf(high, high, square[half]);
+      const float4& v = raw.row[i][step];
+      uint32_t high, middle, low;
+      split(half ? v.z : v.x, half ? v.w : v.y, high, middle, low);
+      if (i < 2) {
+        weight.first[0][half * 2 + i] = high;
+        weight.first[1][half * 2 + i] = middle;
+        weight.first[2][half * 2 + i] = low;
+      } else {
+        weight.second[half * 2] = high;
+        weight.second[half * 2 + 1] = middle;
+        weight.second[4 + half] = low;
       }
     }
-  }
-  int group = lane / 4, quad = lane % 4;
-  int rows[3] = {group < 4 ? group : group + 1, group + 9, group + 17};
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    square[half] += __shfl_xor_sync(~0u, square[half], 1);
-    square[half] += __shfl_xor_sync(~0u, square[half], 2);
-    float* to = partial + (half * 8 + quad * 2) * kRecord;
-    to[rows[0]] = first[half][0];
-    to[rows[0] + kRecord] = first[half][1];
-    to[rows[1]] = first[half][2];
-    to[rows[1] + kRecord] = first[half][3];
-    to[rows[2]] = second[half][0] + second[half][2];
-    to[rows[2] + kRecord] = second[half][1] + second[half][3];
-    if (quad == 0) partial[(half * 8 + group) * kRecord + 4] = square[half];
   }
 }
 
-// Argument of a factor's sigmoid (or of comb's softmax) from its mix; `row` counts the 24 mixes.
-__device__ __forceinline__ float logit_of(const Arguments& args, float sum, float squares, int row) {
+// Sums of eight tokens over a warp's columns.
+struct Sums {
+  float first[4], second[4], square;
+};
+
+// One step: b0 and b1 are the columns of token lane / 4 that `lane_column` deals to this lane.
+template <Mode kMode>
+__device__ __forceinline__ void mix_step(Sums& sums, const Step& weight, uint32_t b0, uint32_t b1) {
+#pragma unroll
+  for (int part = 2; part >= 0; --part) {
+    const uint32_t* a = weight.first[part];
+    mma(sums.first, a[0], a[1], a[2], a[3], b0, b1);
+    if constexpr (kMode != Mode::kHead) {
+      const uint32_t* other = weight.second;
+      if (part == 2) mma(sums.second, other[4], 0, other[5], 0, b0, b1);
+      if (part == 1) mma(sums.second, other[0], other[1], other[2], other[3], b0, b1);
+    }
+  }
+#pragma unroll
+  for (int word = 0; word < 2; ++word) {
+    float low = low_half(word ? b1 : b0), high = high_half(word ? b1 : b0);
+    sums.square = fmaf(low, low, sums.square);
+    sums.square = fmaf(high, high, sums.square);
+  }
+}
+
+// The sums to `to` [8 tokens, kRecord].
+__device__ __forceinline__ void store_sums(Sums sums, float* to, int lane) {
+  int row = lane / 4, quad = lane % 4;
+  sums.square += __shfl_xor_sync(~0u, sums.square, 1);
+  sums.square += __shfl_xor_sync(~0u, sums.square, 2);
+  if (quad == 0) to[row * kRecord + 4] = sums.square;
+  to += quad * 2 * kRecord;
+  int rows[3] = {row < 4 ? row : row + 1, row + 9, row + 17};
+  to[rows[0]] = sums.first[0];
+  to[rows[0] + kRecord] = sums.first[1];
+  to[rows[1]] = sums.first[2];
+  to[rows[1] + kRecord] = sums.first[3];
+  to[rows[2]] = sums.second[0] + sums.second[2];
+  to[rows[2] + kRecord] = sums.second[1] + sums.second[3];
+}
+
+// Scale and base of the mix whose sum lies at `record` of a token's sums.
+struct Affine {
+  float scale, base;
+};
+template <Mode kMode>
+__device__ __forceinline__ Affine load_affine(const Arguments& args, int record) {
+  constexpr int kMixes = kMode == Mode::kHead ? kStreams : 24;
+  int row = record < 4 ? record : record - 1;
+  if (record == 4 || row >= kMixes) return {0.0f, 0.0f};
+  return {__ldg(args.scale + (row < 4 ? 0 : row < 8 ? 1 : 2)), __ldg(args.base + row)};
+}
+
+// Argument of a factor's sigmoid (or of comb's softmax) from its sum.
+__device__ __forceinline__ float logit_of(const Arguments& args, float sum, float squares, Affine f) {
   float norm = rsqrtf(squares / (float)(kStreams * args.dim) + args.norm_eps);
-  return fmaf(__fmul_rn(sum, norm), args.scale[row < 4 ? 0 : row < 8 ? 1 : 2], args.base[row]);
+  return fmaf(__fmul_rn(sum, norm), f.scale, f.base);
 }
 
 __device__ __forceinline__ float sigmoid(float v) { return 1.0f / (1.0f + expf(-v)); }
 
-// Reciprocals of four sums for the price of one: they lie between 1e-6 and 5, their product far from 0.
-__device__ __forceinline__ void invert(const float (&sum)[4], float (&inverse)[4]) {
-  float low = sum[0] * sum[1], high = sum[2] * sum[3];
-  float both = __fdividef(1.0f, low * high);
-  float of_low = both * high, of_high = both * low;
-  inverse[0] = of_low * sum[1];
-  inverse[1] = of_low * sum[0];
-  inverse[2] = of_high * sum[3];
-  inverse[3] = of_high * sum[2];
+__device__ __forceinline__ float reciprocal(float v) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(v));
+  return y;
 }
 
-// Sum over four neighbouring lanes.
-__device__ __forceinline__ float over_four(float v) {
-  v += __shfl_xor_sync(~0u, v, 1);
-  return v + __shfl_xor_sync(~0u, v, 2);
-}
-
-// comb from its logits: row softmax plus eps, columns, then iters - 1 times rows and columns. Four lanes
-// make one matrix, a column each; all lanes of the warp must call this.
-__device__ __forceinline__ void finish_comb(const float* logits, float* comb, bool live, int iters,
-                                            float eps) {
-  int k = threadIdx.x % 4;
-  float c[4], sum[4], inverse[4];
+// comb from its logits: row softmax plus eps, columns, then iters - 1 times rows and columns. Instead of
+// the matrix only its row and column factors change: c[j][k] = r[j] c0[j][k] q[k], and dividing a row by
+// its sum plus eps divides r[j]. One thread makes one matrix.
+__device__ __forceinline__ void finish_comb(float (&c)[16], int iters, float eps) {
+  float r[4], q[4];
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    float v = live ? logits[j * 4 + k] : 0.0f;
-    float top = fmaxf(v, __shfl_xor_sync(~0u, v, 1));
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-    c[j] = expf(v - top);
-    sum[j] = over_four(c[j]);
-  }
-  invert(sum, inverse);
+    float* row = c + j * 4;
+    float top = fmaxf(fmaxf(row[0], row[1]), fmaxf(row[2], row[3]));
 #pragma unroll
-  for (int j = 0; j < 4; ++j) c[j] = fmaf(c[j], inverse[j], eps);
+    for (int k = 0; k < 4; ++k) row[k] = expf(row[k] - top);
+    float inverse = reciprocal((row[0] + row[1]) + (row[2] + row[3]));
+#pragma unroll
+    for (int k = 0; k < 4; ++k) row[k] = fmaf(row[k], inverse, eps);
+    r[j] = q[j] = 1.0f;
+  }
   for (int i = 0; i < iters; ++i) {
     if (i > 0) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) sum[j] = over_four(c[j]) + eps;
-      invert(sum, inverse);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) c[j] *= inverse[j];
+      for (int j = 0; j < 4; ++j) {
+        const float* row = c + j * 4;
+        float sum = fmaf(row[1], q[1], row[0] * q[0]) + fmaf(row[3], q[3], row[2] * q[2]);
+        r[j] *= reciprocal(fmaf(r[j], sum, eps));
+      }
     }
-    float column = __fdividef(1.0f, ((c[0] + c[1]) + (c[2] + c[3])) + eps);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) c[j] *= column;
+    for (int k = 0; k < 4; ++k) {
+      float sum = fmaf(c[4 + k], r[1], c[k] * r[0]) + fmaf(c[12 + k], r[3], c[8 + k] * r[2]);
+      q[k] *= reciprocal(fmaf(q[k], sum, eps));
+    }
   }
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    if (live) comb[j * 4 + k] = c[j];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) c[j * 4 + k] *= r[j] * q[k];
+  }
+}
+
+__device__ __forceinline__ void store_comb(float* comb, const float (&c)[16]) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    reinterpret_cast<float4*>(comb)[j] = make_float4(c[4 * j], c[4 * j + 1], c[4 * j + 2], c[4 * j + 3]);
   }
 }
 
 // Eight columns of a collapsed row from those of the streams.
-__device__ __forceinline__ uint4 collapse_columns(float4 factor, const uint4 (&x)[kStreams]) {
+__device__ __forceinline__ uint4 collapse_columns(const float4& factor, const uint4 (&x)[kStreams]) {
   float value[8] = {};
 #pragma unroll
   for (int s = 0; s < kStreams; ++s) {
@@ -239,8 +263,48 @@ __device__ __forceinline__ uint4 collapse_columns(float4 factor, const uint4 (&x
       value[2 * word + 1] = fmaf(f, high_half((&x[s].x)[word]), value[2 * word + 1]);
     }
   }
-  return {pack(value[0], value[1]), pack(value[2], value[3]), pack(value[4], value[5]),
-          pack(value[6], value[7])};
+  return {pack_bf16(value[0], value[1]), pack_bf16(value[2], value[3]), pack_bf16(value[4], value[5]),
+          pack_bf16(value[6], value[7])};
+}
+
+// Eight columns of a row to FP8; half a warp holds the 128 columns of a scale. Bits of quant_rows.
+__device__ __forceinline__ void store_codes(const Arguments& args, int64_t token, int column,
+                                            const float (&v)[8]) {
+  uint32_t peak = 0;  // as integers a NaN is above infinity
+#pragma unroll
+  for (int i = 0; i < 8; ++i) peak = max(peak, __float_as_uint(v[i]) & 0x7FFFFFFFu);
+  const int lane = threadIdx.x % 32;
+  peak = __reduce_max_sync(lane < 16 ? 0x0000FFFFu : 0xFFFF0000u, peak);
+  const uint32_t bits =
+      __float_as_uint(fmaxf(__uint_as_float(peak), 1e-4f) * static_cast<float>(1.0 / 448.0));
+  const uint32_t byte =
+      peak > 0x7F800000u ? 255u : min((bits >> 23) + ((bits & 0x7FFFFFu) != 0 ? 1u : 0u), 255u);
+  const float inverse = __uint_as_float(byte == 255 ? 0x7FC00000u : (254 - byte) << 23);
+  uint32_t pairs[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    pairs[i] = __nv_cvt_float2_to_fp8x2(make_float2(v[2 * i] * inverse, v[2 * i + 1] * inverse),
+                                        __NV_SATFINITE, __NV_E4M3);
+  }
+  *reinterpret_cast<uint2*>(args.codes + token * args.code_row + column) =
+      make_uint2(pairs[0] | (pairs[1] << 16), pairs[2] | (pairs[3] << 16));
+  if (lane % 16 == 0) {
+    args.code_scale[token * args.code_scale_row + column / 128] = static_cast<uint8_t>(byte);
+  }
+}
+
+// `bytes` (a multiple of 16) global -> shared by the copy engine, counted by `bar`.
+__device__ __forceinline__ void bulk_copy(uint32_t smem, const void* global, uint32_t bytes,
+                                          uint32_t bar) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          smem),
+      "l"(global), "r"(bytes), "r"(bar)
+      : "memory");
+}
+__device__ __forceinline__ void expect_bytes(uint32_t bar, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
+               : "memory");
 }
 
 }  // namespace hc
