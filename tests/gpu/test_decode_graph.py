@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 from model.parallel.config import MeshCoord
+from tests.helpers.small_flash import small_flash
 from worker.config import (
     KVCacheConfig,
     ModelSource,
@@ -24,23 +24,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-FLASH = Path(__file__).parents[2] / "model" / "deepseek_v4" / "shapes" / "flash.json"
 PROMPTS = (517, 130, 259)
-
-
-def small_flash(folder: Path) -> str:
-    """V4-Flash's layer shapes, a layer of each kind, few experts, a small vocabulary."""
-    config = json.loads(FLASH.read_text())
-    config |= {
-        "num_hidden_layers": 4,
-        "compress_ratios": [0, 4, 128, 4, 0],
-        "num_hash_layers": 1,
-        "n_routed_experts": 16,
-        "vocab_size": 2048,
-    }
-    path = folder / "config.json"
-    path.write_text(json.dumps(config))
-    return str(path)
 
 
 def decode_logits(shape: str, *, cuda_graphs: bool, mtp: int = 0) -> tuple[list[bytes], list[int]]:
@@ -93,7 +77,7 @@ def decode_logits(shape: str, *, cuda_graphs: bool, mtp: int = 0) -> tuple[list[
 
 @pytest.mark.parametrize("mtp", [0, 2])
 def test_graphs_change_no_bit(tmp_path: Path, mtp: int) -> None:
-    shape = small_flash(tmp_path)
+    shape = small_flash(tmp_path, (0, 4, 128, 4))
     replayed = decode_logits(shape, cuda_graphs=True, mtp=mtp)
     launched = decode_logits(shape, cuda_graphs=False, mtp=mtp)
     assert replayed == launched
