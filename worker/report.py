@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels import Numerics
-from kernels.dispatch import describe
+from kernels.dispatch import describe, without_kernel
 from kernels.platform import PlatformError, capability, resolve_device
 from model.cache_spec import CacheSpec
 from model.checkpoint.source import load_config, open_source
@@ -25,6 +25,7 @@ __all__ = [
     "RankMemory",
     "device_memory",
     "inspect_model",
+    "kernel_gaps",
     "kernel_table",
     "memory_report",
     "wire_itemsize",
@@ -157,3 +158,8 @@ def device_memory(choice: str) -> tuple[str, int | None]:
 def kernel_table(choice: str) -> list[tuple[str, str, str]]:
     """``(op, implementation, why)`` on the device that ``device: choice`` means here."""
     return describe(resolve_device(choice))
+
+
+def kernel_gaps(choice: str) -> list[str]:
+    """Ops that would run their torch twin although the device is a GPU."""
+    return without_kernel(resolve_device(choice))

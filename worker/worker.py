@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 
 import torch
 
 from kernels import CacheDtype, Numerics
-from kernels.dispatch import build
+from kernels.dispatch import build, without_kernel
 from kernels.platform import resolve_device, use_device
 from model.cache_spec import CacheSpec
 from model.checkpoint.loader import load_weights
@@ -28,6 +29,8 @@ from worker.prefill_builder import PrefillBuilder
 from worker.protocol import CacheInfo, StepOutput, StepPlan
 from worker.rehearsal import rehearse
 from worker.slots import SlotTable
+
+_LOG = logging.getLogger("causeway.worker")
 
 
 class Worker:
@@ -155,8 +158,14 @@ class Worker:
         return graph_obstacle(config, self.numerics, self.config.parallel, self.device)
 
     def warm_up(self) -> None:
-        """Compile the ops' kernels, rehearse steps on a GPU, then wait until every rank is here."""
+        """Compile the ops' kernels, rehearse steps on a GPU, then wait until every rank is here.
+
+        Rank 0 names the ops that have no kernel for this GPU: their torch twins run, slowly.
+        """
         build(self.device)
+        gaps = without_kernel(self.device) if self.coord.rank == 0 else []
+        if gaps:
+            _LOG.warning("no GPU implementation, the torch twin runs: %s", ", ".join(gaps))
         if self.device.type == "cuda":
             self._rehearse()
         self._need_mesh().world.barrier()

@@ -29,6 +29,7 @@ from worker.report import (
     RankMemory,
     device_memory,
     inspect_model,
+    kernel_gaps,
     kernel_table,
     memory_report,
 )
@@ -63,6 +64,9 @@ def run(args: argparse.Namespace) -> int:
     print_mesh(console, config, model.config)
     print_memory(console, report)
     console.print(table("ops", ("op", "implementation", "why"), kernel_table(config.device)))
+    gaps = kernel_gaps(config.device)
+    if gaps:
+        console.print(f"no GPU implementation, the torch twin runs: {', '.join(gaps)}")
     return EXIT_OK
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from kernels import KernelContractError, dispatch, platform
+from kernels import KernelContractError, backend, dispatch, platform
 from kernels.contract import check_tensor
 
 CPU = torch.device("cpu")
@@ -36,7 +38,7 @@ def test_every_exported_op_is_in_the_table() -> None:
     import kernels
 
     values = {name: getattr(kernels, name) for name in kernels.__all__}
-    helpers = {"wide_dtype", "widen"}
+    helpers = {"wide_dtype", "widen", "stack_weights"}
     ops = {name for name, value in values.items() if not isinstance(value, type)}
     assert ops - helpers == set(dispatch.table(CPU))
 
@@ -139,3 +141,93 @@ def test_check_tensor() -> None:
         check_tensor("op: x", x.t())
     with pytest.raises(KernelContractError, match="expected a tensor, got list"):
         check_tensor("op: x", [1.0])  # type: ignore[arg-type]
+
+
+Install = Callable[[str, str | None], None]
+GPU = torch.device("cuda", 0)
+HOPPER = platform.Capability(
+    device_type="cuda", name="test", compute=(9, 0), memory_bytes=1, count=1
+)
+
+
+@pytest.fixture
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """A table as on a Hopper GPU where a backend is installed in a version (None: not at all)."""
+    installed: dict[str, str | None] = {}
+    monkeypatch.setattr(dispatch, "capability", lambda device: HOPPER)
+    monkeypatch.setattr(backend, "_installed", lambda package: installed.get(package))
+    dispatch._table.cache_clear()
+    dispatch._function.cache_clear()
+
+    def install(package: str, version: str | None) -> None:
+        installed[package] = version
+        dispatch._table.cache_clear()
+        dispatch._function.cache_clear()
+
+    yield install
+    dispatch._table.cache_clear()
+    dispatch._function.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("pinned", "op"),
+    [
+        (backend.DEEP_GEMM, "linear_quant"),
+        (backend.DEEP_GEMM, "index_score"),
+        (backend.FLASH_MLA, "sparse_attention"),
+    ],
+)
+def test_a_backend_serves_in_its_exact_version_only(
+    on_hopper: Install, pinned: backend.Backend, op: str
+) -> None:
+    lines = {name: (choice, why) for name, choice, why in dispatch.describe(GPU)}
+    assert lines[op][0] == "cuda"
+    assert "not used" not in lines[op][1]
+    on_hopper(pinned.package, pinned.version)
+    lines = {name: (choice, why) for name, choice, why in dispatch.describe(GPU)}
+    assert lines[op][0] not in ("cuda", "reference")
+    assert dispatch.table(GPU)[op].backend is pinned
+    assert dispatch.own(op, GPU).name == "cuda"
+    on_hopper(pinned.package, pinned.version + ".dev1")
+    lines = {name: (choice, why) for name, choice, why in dispatch.describe(GPU)}
+    assert lines[op][0] == "cuda"
+    found = f"{pinned.package} {pinned.version}.dev1 found, {pinned.version} needed: not used"
+    assert lines[op][1].endswith(found)
+
+
+def test_a_backend_that_cannot_be_loaded_is_named(on_hopper: Install) -> None:
+    """Here the pinned version is claimed but nothing is installed: no other kernel takes over."""
+    on_hopper(backend.DEEP_GEMM.package, backend.DEEP_GEMM.version)
+    with pytest.raises(backend.BackendError, match=rf"{backend.DEEP_GEMM}.*loading it failed"):
+        dispatch.kernel("linear_quant", GPU)
+
+
+def test_a_backend_that_fails_is_named() -> None:
+    with (
+        pytest.raises(backend.BackendError, match=r"sgl-deep-gemm .* fp8_gemm_nt failed: no nvcc"),
+        backend.DEEP_GEMM.named("fp8_gemm_nt"),
+    ):
+        raise RuntimeError("no nvcc")
+
+
+def test_the_extra_installs_the_versions_that_are_used(repo_root: Path) -> None:
+    project = tomllib.loads((repo_root / "pyproject.toml").read_text())["project"]
+    pinned = {f"{b.package}=={b.version}" for b in (backend.DEEP_GEMM, backend.FLASH_MLA)}
+    assert set(project["optional-dependencies"]["hopper"]) == pinned
+
+
+def test_ops_without_a_kernel_are_named_on_a_gpu_only(on_hopper: Install) -> None:
+    assert dispatch.without_kernel(CPU) == []
+    gaps = dispatch.without_kernel(GPU)
+    assert gaps == [op for op, choice, _ in dispatch.describe(GPU) if choice == "reference"]
+    assert "act_quant" in gaps
+    assert "linear_quant" not in gaps
+
+
+def test_the_own_kernel_and_the_twin_have_names() -> None:
+    from kernels.rms_norm import reference
+
+    assert dispatch.twin("rms_norm") is reference.rms_norm
+    assert dispatch.own_kernel("rms_norm", CPU) is reference.rms_norm
+    with pytest.raises(KernelContractError, match="'no_op'"):
+        dispatch.own("no_op", CPU)
