@@ -9,7 +9,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ _MAX_SETS = 64
 _MIN_CALLS = 16  # of a graph: hides the graph's own start
 
 Call = Callable[[], object]
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,8 +86,49 @@ def implementation(op: str) -> str:
     return dispatch.own(op, torch.device("cuda", torch.cuda.current_device())).name
 
 
-def sets(held: float, make: Callable[[], Call]) -> list[Call]:
-    """Calls on as many sets of inputs as leave L2 (``held``: bytes of one)."""
+def against_twin(op: str, *args: Any, **kwargs: Any) -> tuple[Call, Call]:
+    """A call of the own kernel, and the same of the torch twin."""
+    return partial(own(op), *args, **kwargs), partial(dispatch.twin(op), *args, **kwargs)
+
+
+def alone(op: str, *args: Any, **kwargs: Any) -> tuple[Call, None]:
+    """A call of the own kernel; the twin's time is of no interest."""
+    return partial(own(op), *args, **kwargs), None
+
+
+def row_case(
+    op: str,
+    shape: str,
+    make: Callable[[], tuple[Call, Call | None]],
+    *,
+    moved: float,
+    held: float | None = None,
+) -> Case:
+    """An op that moves rows.
+
+    Args:
+        op: its name.
+        shape: sizes in words.
+        make: builds one set of inputs and returns the call and the torch twin's, which is timed too at
+            16,384 rows.
+        moved: bytes of one call.
+        held: bytes of one set of inputs; None: as many as move.
+    """
+
+    def timed() -> Timed:
+        made = sets(held or moved, make)
+        twin = made[0][1] if shape.startswith("16384x") else None
+        return Timed(
+            calls=[call for call, _ in made],
+            library=() if twin is None else [twin],
+            library_in_graph=False,
+        )
+
+    return Case(op=op, shape=shape, make=timed, moved=moved, library="torch eager")
+
+
+def sets(held: float, make: Callable[[], Made]) -> list[Made]:
+    """As many sets of inputs as leave L2 (``held``: bytes of one)."""
     count = max(1, min(_MAX_SETS, int(ROTATE_BYTES // max(held, 1))))
     return [make() for _ in range(count)]
 
