@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import MappingProxyType, ModuleType
 from typing import Any
@@ -304,8 +306,9 @@ def build(device: torch.device) -> None:
         BuildError: a source that the compiler refuses, or no compiler.
         BackendError: an optional backend that is installed but does not work.
     """
-    modules = {choice.module: choice for choice in table(device).values()}
-    for _, choice in sorted(modules.items()):
-        compile_now = getattr(_module(choice), "build", None)
-        if compile_now is not None:
-            compile_now()
+    modules = {choice.module: _module(choice) for choice in table(device).values()}
+    builds = [getattr(module, "build", None) for _, module in sorted(modules.items())]
+    # A compiler is a process of its own: they run side by side.
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        for done in [pool.submit(build_one) for build_one in builds if build_one is not None]:
+            done.result()
