@@ -7,7 +7,7 @@ on the device (a CPU can list all cases); ``Case.make`` builds inputs and return
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -22,7 +22,8 @@ BF16_TFLOPS, FP8_TFLOPS, COPY_TBPS = 790.0, 1580.0, 4.27
 DEEP_GEMM, FLASH_MLA = "sgl-deep-gemm 0.1.4.post1", "FlashMLA (sglang-kernel 0.4.5)"
 ROTATE_BYTES = 256 << 20  # more than the L2 holds, several times
 _MAX_SETS = 64
-_MIN_CALLS = 16  # of a graph: hides the graph's own start
+_MIN_CALLS = 16  # of a graph
+_TURNS = 7  # measured, after one that warms up
 
 Call = Callable[[], object]
 Made = TypeVar("Made")
@@ -143,28 +144,43 @@ def integers(high: int, *shape: int) -> Tensor:
     return torch.randint(0, high, shape, device="cuda")
 
 
-def graph_us(calls: Sequence[Call], replays: int = 7) -> float:
-    """Median microseconds of one call, all of them replayed as one graph."""
+def graph_us(variants: Mapping[str, Sequence[Call]]) -> dict[str, float]:
+    """Median microseconds of one call of each variant, its calls replayed as one graph.
+
+    Variants take turns, so that the clocks, which move with the chip's temperature and power, are the
+    same for all.
+    """
+    graphs = {name: _captured(calls) for name, calls in variants.items()}
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for turn in range(_TURNS + 1):
+        for name, (graph, count) in graphs.items():
+            us = _between_events(graph.replay) / count
+            if turn:  # the first warms up
+                times[name].append(us)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _captured(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A graph of all calls, often enough to hide its own start, and how many calls that are."""
     for call in calls:
         call()
-    rounds = max(1, -(-_MIN_CALLS // len(calls))) if _eager(calls[0]) < 1000.0 else 1
+    rounds = max(1, -(-_MIN_CALLS // len(calls))) if _between_events(calls[0]) < 1000.0 else 1
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(rounds):
             for call in calls:
                 call()
-    graph.replay()
-    return statistics.median(_eager(graph.replay) / (rounds * len(calls)) for _ in range(replays))
+    return graph, rounds * len(calls)
 
 
-def eager_us(calls: Sequence[Call], repeats: int = 5) -> float:
+def eager_us(calls: Sequence[Call]) -> float:
     """Median microseconds of one call between two events, host work included."""
     calls[0]()
-    return statistics.median(_eager(calls[i % len(calls)]) for i in range(repeats))
+    return statistics.median(_between_events(calls[i % len(calls)]) for i in range(_TURNS))
 
 
-def _eager(call: Call) -> float:
+def _between_events(call: Call) -> float:
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     call()
