@@ -306,9 +306,15 @@ def build(device: torch.device) -> None:
         BuildError: a source that the compiler refuses, or no compiler.
         BackendError: an optional backend that is installed but does not work.
     """
-    modules = {choice.module: _module(choice) for choice in table(device).values()}
-    builds = [getattr(module, "build", None) for _, module in sorted(modules.items())]
-    # A compiler is a process of its own: they run side by side.
+    chosen = {choice.module: choice for choice in table(device).values()}
+    builds = [
+        (choice.backend, getattr(_module(choice), "build", None))
+        for _, choice in sorted(chosen.items())
+    ]
+    # Our compilers are processes of their own and run side by side; those of backends know one thread.
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for done in [pool.submit(build_one) for build_one in builds if build_one is not None]:
-            done.result()
+        started = [pool.submit(call) for backend, call in builds if call and backend is None]
+        for call in [call for backend, call in builds if call and backend is not None]:
+            call()
+        for build_one in started:
+            build_one.result()
