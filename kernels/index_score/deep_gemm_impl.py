@@ -1,9 +1,9 @@
 """``index_score`` of a long prefill by DeepGEMM (package ``sgl-deep-gemm``), else by the own kernel.
 
 DeepGEMM multiplies e4m3 queries with the keys of one sequence. It serves calls of at least ``ROWS`` rows
-of one sequence whose pages are all here, if e4m3 holds every query exactly (FP4-rounded queries are):
-the own kernel's value up to the order of the sum over heads. Whether that is so comes back to the host
-with the width, in the one read that the op needs anyway.
+over room for ``ENTRIES`` entries of one sequence whose pages are all here, if e4m3 holds every query
+exactly (FP4-rounded queries are): the own kernel's value up to the order of the sum over heads. Whether
+that is so comes back to the host with the width, in the one read that the op needs anyway.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from kernels.index_score import cuda_impl
 from kernels.nvcc import check_launch, load_library, pointer, stream
 from kernels.page_layout import CacheDtype, EntryKind, PageLayout
 
-ROWS = 1024  # from here on DeepGEMM is faster than the own kernel (benchmarks/results/kernels.md)
+# From here on DeepGEMM is faster than the own kernel, its operands included (benchmarks/results/kernels.md).
+ROWS, ENTRIES = 1024, 16384
 _SOURCE = Path(__file__).parent / "deep_gemm" / "operands.cu"
 _HEADS, _DIM = 64, 128
 _STRIDE = 256  # columns; the row stride is a multiple of it
@@ -44,7 +45,7 @@ def build() -> None:
         torch.zeros(ROWS, _HEADS, device=device),
         torch.zeros(1, layout.page_bytes, dtype=torch.uint8, device=device),
         layout,
-        torch.zeros(1, 1, dtype=torch.int32, device=device),
+        torch.zeros(1, ENTRIES // _STRIDE, dtype=torch.int32, device=device),
         torch.zeros(ROWS, dtype=torch.int64, device=device),
         torch.full((ROWS,), _STRIDE, dtype=torch.int64, device=device),
     )
@@ -65,23 +66,25 @@ def index_score(
         cuda_impl.index_score, q, w, pool, layout, block_table, row_seq, num_entries
     )
     rows = q.shape[0]
-    if rows < ROWS or block_table.shape[0] != 1 or not cuda_impl.supports(q, layout):
+    seqs, blocks = block_table.shape
+    small = rows < ROWS or blocks * layout.entries_per_page < ENTRIES
+    if small or seqs != 1 or not cuda_impl.supports(q, layout):
         return own()
     if q.data_ptr() % 16 or q.stride(0) % 8 or q.stride(1) % 8:
         q = q.contiguous()
     codes = torch.empty(rows, _HEADS, _DIM, dtype=torch.float8_e4m3fn, device=q.device)
     weights = torch.empty(rows, _HEADS, dtype=torch.float32, device=q.device)
-    ends = torch.empty(rows, dtype=torch.int32, device=q.device)
-    blocks = block_table.shape[1]
-    facts = torch.tensor([0, 0, blocks], dtype=torch.int32).to(q.device)
+    starts, ends = torch.empty(2, rows, dtype=torch.int32, device=q.device)
+    facts = torch.zeros(3, dtype=torch.int32, device=q.device)
     code = _library().causeway_index_queries(
         *(pointer(q), q.stride(0), q.stride(1), pointer(w), w.stride(0)),
         *(pointer(row_seq), pointer(num_entries), rows, pointer(block_table), blocks),
-        *(pointer(codes), pointer(weights), pointer(ends), pointer(facts), stream(q)),
+        *(pointer(codes), pointer(weights), pointer(starts), pointer(ends), pointer(facts)),
+        stream(q),
     )
     check_launch("index_score: queries", code)
-    width, inexact, first_hole = facts.tolist()
-    if inexact or width == 0 or first_hole * layout.entries_per_page < width:
+    width, inexact, behind_hole = facts.tolist()
+    if inexact or width == 0 or (blocks - behind_hole) * layout.entries_per_page < width:
         return own()
     padded = -(-width // _STRIDE) * _STRIDE
     keys = torch.empty(padded, _DIM, dtype=torch.float8_e4m3fn, device=q.device)
@@ -93,15 +96,14 @@ def index_score(
     check_launch("index_score: keys", code)
     with DEEP_GEMM.named("fp8_mqa_logits"):
         scores: Tensor = deep_gemm.fp8_mqa_logits(
-            codes, (keys, scales), weights, torch.zeros_like(ends), ends, clean_logits=True
+            codes, (keys, scales), weights, starts, ends, clean_logits=True
         )
     stride = scores.stride(0)
     if stride % _STRIDE or stride <= padded:
         raise BackendError(f"{DEEP_GEMM}: fp8_mqa_logits returned rows {stride} apart for {padded}")
     # Poison behind the width, see the contract; the last row has no memory behind ``padded``.
-    scores[:, width:].fill_(float("inf"))
-    gaps = scores.as_strided((rows - 1, stride - padded), (stride, 1), padded)
-    gaps.fill_(float("inf"))
+    scores.as_strided((rows - 1, stride - width), (stride, 1), width).fill_(float("inf"))
+    scores[-1, width:] = float("inf")
     return scores[:, :width]
 
 
@@ -111,7 +113,7 @@ def _library() -> ctypes.CDLL:
     address, number, wide = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     library.causeway_index_queries.argtypes = (
         *(address, wide, wide, address, wide, address, address, number, address, number),
-        *(address, address, address, address, address),
+        *(address, address, address, address, address, address),
     )
     library.causeway_index_keys.argtypes = (
         *(address, wide, number, address, number, number, address, address, address),

@@ -74,12 +74,13 @@ Score = tuple[Tensor, Tensor, Tensor, PageLayout, Tensor, Tensor, Tensor]
 
 
 def score_inputs(rows: int, blocks: int, per_page: int, pad: int = 0) -> Score:
-    """One sequence, FP4-rounded queries that see any number of entries."""
+    """One sequence, FP4-rounded queries that see any number of ``blocks`` blocks of a larger table."""
     q = torch.randn(rows, 64, 128, device="cuda").to(torch.bfloat16)
     q *= torch.exp2(torch.randint(-6, 7, (rows, 64, 1), device="cuda")).to(torch.bfloat16)
     shape = layout(EntryKind.INDEX, CacheDtype.FP8, per_page)
     pool = random_pool(shape, blocks + 3, pad)
-    table = torch.randperm(blocks + 3, device="cuda")[None, :blocks].to(torch.int32).contiguous()
+    table = torch.full((1, 16384 // per_page + 1), -1, dtype=torch.int32, device="cuda")
+    table[0, :blocks] = torch.randperm(blocks + 3, device="cuda")[:blocks].to(torch.int32)
     seq = torch.zeros(rows, dtype=torch.int64, device="cuda")
     seq[5::17] = -1
     num = torch.randint(0, blocks * per_page + 1, (rows,), device="cuda")

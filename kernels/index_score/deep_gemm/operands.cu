@@ -15,19 +15,19 @@ constexpr int kDim = 128;
 constexpr int kThreads = 256;
 constexpr int kLanes = 8;  // threads of one (row, head), 16 values each
 
-// facts[0]: largest num_entries; facts[1]: 1 where a query is not exact in e4m3; facts[2]: first block
-// of the table that is not here.
+// Zero at first. facts[0]: largest num_entries; facts[1]: 1 where a query is not exact in e4m3;
+// facts[2]: blocks of the table from the first one on that is not here.
 __global__ void facts_kernel(const int64_t* num_entries, int rows, const int32_t* table, int blocks,
                              int32_t* facts) {
     const int at = blockIdx.x * kThreads + threadIdx.x;
     if (at < rows) atomicMax(&facts[0], static_cast<int32_t>(num_entries[at]));
-    if (at < blocks && table[at] < 0) atomicMin(&facts[2], at);
+    if (at < blocks && table[at] < 0) atomicMax(&facts[2], blocks - at);
 }
 
 __global__ void __launch_bounds__(kThreads)
     queries_kernel(const __nv_bfloat16* q, int64_t q_row, int64_t q_head, const float* w,
                    int64_t w_row, const int64_t* row_seq, const int64_t* num_entries, int rows,
-                   uint4* codes, float* weights, int32_t* ends, int32_t* facts) {
+                   uint4* codes, float* weights, int32_t* starts, int32_t* ends, int32_t* facts) {
     const int64_t pair = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kLanes;
     const int segment = threadIdx.x % kLanes;
     const int64_t row = pair / kHeads;
@@ -75,8 +75,10 @@ __global__ void __launch_bounds__(kThreads)
     if (segment == 0) {
         const float up = __uint_as_float(static_cast<uint32_t>(127 + shift) << 23);
         weights[pair] = w[row * w_row + head] * up;
-        if (head == 0)
+        if (head == 0) {
+            starts[row] = 0;
             ends[row] = row_seq[row] < 0 ? 0 : static_cast<int32_t>(max(num_entries[row], int64_t{0}));
+        }
     }
 }
 
@@ -104,15 +106,15 @@ __global__ void __launch_bounds__(kThreads)
 extern "C" int causeway_index_queries(const __nv_bfloat16* q, int64_t q_row, int64_t q_head,
                                       const float* w, int64_t w_row, const int64_t* row_seq,
                                       const int64_t* num_entries, int rows, const int32_t* table,
-                                      int blocks, uint4* codes, float* weights, int32_t* ends,
-                                      int32_t* facts, cudaStream_t stream) {
+                                      int blocks, uint4* codes, float* weights, int32_t* starts,
+                                      int32_t* ends, int32_t* facts, cudaStream_t stream) {
     const int most = rows > blocks ? rows : blocks;
     facts_kernel<<<(most + kThreads - 1) / kThreads, kThreads, 0, stream>>>(num_entries, rows, table,
                                                                            blocks, facts);
     const int64_t threads = int64_t{rows} * kHeads * kLanes;
     queries_kernel<<<static_cast<unsigned>((threads + kThreads - 1) / kThreads), kThreads, 0,
                      stream>>>(q, q_row, q_head, w, w_row, row_seq, num_entries, rows, codes, weights,
-                               ends, facts);
+                               starts, ends, facts);
     return cudaGetLastError();
 }
 
