@@ -31,9 +31,11 @@ def compress_decode(
     if rows.device.type == "cpu":
         _check_order(positions[live], seq[live], state_base[live], back, ring_rows, state.shape[0])
     kept, place = [], positions % ratio
-    for part, raw in zip(parts, rows.split([p.width for p in parts], dim=1), strict=True):
-        u, g = raw.chunk(2, dim=1)
+    column = 0
+    for part in parts:
+        u, g = rows[:, column : column + part.width].chunk(2, dim=1)
         kept += [u, g + part.ape.to(rows.dtype)[place]]
+        column += part.width
     dest = state_base + positions % ring_rows
     state[dest[live]] = torch.cat(kept, dim=1)[live].to(state.dtype)
     ends = live & (place == ratio - 1)
@@ -70,7 +72,7 @@ def _check_order(
             f"compress_decode: state_base {int(base.max())} and {ring_rows} ring rows are outside"
             f" the state's {state_rows} rows"
         )
-    names, counts = seq.unique_consecutive(return_counts=True)
+    names, counts = torch.unique_consecutive(seq, return_counts=True)
     same = seq[1:] == seq[:-1]
     if names.unique().numel() != names.numel() or bool(
         (same & (positions[1:] != positions[:-1] + 1)).any()

@@ -122,13 +122,13 @@ def test_steps_give_the_entries_of_the_whole_sequence(
         want_pool = torch.full_like(p.pool, 7)
         for s, n in enumerate(lengths[:2]):
             kept = whole_rows(raw[s], parts, torch.arange(n)).float()
-            first = torch.arange(n // ratio) * ratio
-            index = first[:, None] + ratio - back + torch.arange(back)
+            starts = torch.arange(n // ratio) * ratio
+            index = starts[:, None] + ratio - back + torch.arange(back)
             made = compress(
                 kept[:, column : column + p.width],
                 index.clamp(min=-1),
                 p.norm_weight,
-                first,
+                starts,
                 frequencies(64),
                 EPS,
                 ratio=ratio,
@@ -143,9 +143,9 @@ def test_steps_give_the_entries_of_the_whole_sequence(
         assert torch.equal(p.pool, want_pool)
         column += p.width
     for s, n in enumerate(lengths):
-        at = torch.arange(max(0, n - ring), n)
-        kept = whole_rows(raw[s][at], parts, at).float()
-        assert torch.equal(state[(s + 1) * ring + at % ring], kept)
+        end = torch.arange(max(0, n - ring), n)
+        kept = whole_rows(raw[s][end], parts, end).float()
+        assert torch.equal(state[(s + 1) * ring + end % ring], kept)
     assert bool(state[:ring].isnan().all())
 
 

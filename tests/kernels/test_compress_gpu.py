@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,10 +15,18 @@ from tests.helpers.gpu import DEVICE, Implementation, assert_near, assert_rows_a
 from tests.kernels.oracle64 import frequencies
 
 pytestmark = pytest.mark.gpu
-impl = Implementation("kernels.compress.triton_impl")
-insert = Implementation("kernels.compress_insert.triton_impl")
+KINDS = ["triton", "cuda"]  # cuda takes the model's dims, and Triton the others
+COMPRESS = {k: Implementation(f"kernels.compress.{k}_impl") for k in KINDS}
+INSERT = {k: Implementation(f"kernels.compress_insert.{k}_impl") for k in KINDS}
 DTYPES = [torch.float32, torch.bfloat16]
-CASES = [(4, False, 512), (4, True, 128), (128, False, 512), (4, False, 128)]
+CASES = [
+    (4, False, 512),
+    (4, True, 128),
+    (128, False, 512),
+    (4, False, 128),
+    (4, True, 64),
+    (128, False, 128),
+]
 
 
 def inputs(ratio: int, dim: int, entries: int) -> tuple[Tensor, ...]:
@@ -28,7 +38,7 @@ def inputs(ratio: int, dim: int, entries: int) -> tuple[Tensor, ...]:
     index[:1, : 4 if ratio == 4 else 1] = -1
     if entries > 2:
         index[2] = -1
-    return there(
+    made: tuple[Tensor, ...] = there(
         (
             rows,
             index,
@@ -37,17 +47,20 @@ def inputs(ratio: int, dim: int, entries: int) -> tuple[Tensor, ...]:
             frequencies(64),
         )
     )
+    return made
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("quantize", [True, False])
 @pytest.mark.parametrize(("ratio", "index", "dim"), CASES)
 @pytest.mark.parametrize("entries", [1, 37, 0])
+@pytest.mark.parametrize("kind", KINDS)
 def test_compress(
-    ratio: int, index: bool, dim: int, quantize: bool, dtype: torch.dtype, entries: int
+    kind: str, ratio: int, index: bool, dim: int, quantize: bool, dtype: torch.dtype, entries: int
 ) -> None:
+    impl = COMPRESS[kind]
     rows, row_index, weight, at, freq = inputs(ratio, dim, entries)
-    kwargs = {"ratio": ratio, "index": index, "quantize": quantize, "dtype": dtype}
+    kwargs: dict[str, Any] = {"ratio": ratio, "index": index, "quantize": quantize, "dtype": dtype}
     want = reference.compress(rows, row_index, weight, at, freq, 1e-6, **kwargs)
     got = impl.compress(rows, row_index, weight, at, freq, 1e-6, **kwargs)
     if quantize:  # a value on the edge of two steps may fall to either side
@@ -56,7 +69,8 @@ def test_compress(
         assert_near(got, want, bound=3e-6 if dtype is torch.float32 else 1e-3, unequal=0.9)
 
     def alone(s: slice) -> Tensor:
-        return impl.compress(rows, row_index[s], weight, at[s], freq, 1e-6, **kwargs)
+        made: Tensor = impl.compress(rows, row_index[s], weight, at[s], freq, 1e-6, **kwargs)
+        return made
 
     assert_rows_alone(alone, got, [r for r in (0, 1, 2, 17, 36) if r < entries])
 
@@ -64,9 +78,11 @@ def test_compress(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cache", list(CacheDtype))
 @pytest.mark.parametrize(("ratio", "index", "dim"), CASES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_compress_insert_is_the_two_ops(
-    ratio: int, index: bool, dim: int, cache: CacheDtype, dtype: torch.dtype
+    kind: str, ratio: int, index: bool, dim: int, cache: CacheDtype, dtype: torch.dtype
 ) -> None:
+    impl, insert = COMPRESS[kind], INSERT[kind]
     rows, row_index, weight, at, freq = inputs(ratio, dim, 37)
     pages = PageLayout(
         kind=EntryKind.INDEX if index else EntryKind.LATENT,

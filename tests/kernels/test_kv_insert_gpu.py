@@ -14,8 +14,9 @@ from tests.helpers.strided import column_slice
 from tests.kernels.oracle64 import frequencies
 
 pytestmark = pytest.mark.gpu
-insert = Implementation("kernels.kv_insert.triton_impl")
-latent = Implementation("kernels.kv_norm_rope.triton_impl")
+KINDS = ["triton", "cuda"]  # cuda takes the model's dims, and Triton the others
+INSERT = {k: Implementation(f"kernels.kv_insert.{k}_impl") for k in KINDS}
+LATENT = {k: Implementation(f"kernels.kv_norm_rope.{k}_impl") for k in KINDS}
 page = Implementation("kernels.page_cache.triton_impl")
 DTYPES = [torch.float32, torch.bfloat16]
 EPS = 1e-6
@@ -44,7 +45,9 @@ def slots_of(rows: int, total: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("rows", "dim", "quantize"), [(9, 512, True), (6, 512, False), (3, 64, True), (5, 128, True)]
 )
-def test_kv_norm_rope(rows: int, dim: int, quantize: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_kv_norm_rope(kind: str, rows: int, dim: int, quantize: bool, dtype: torch.dtype) -> None:
+    latent = LATENT[kind]
     kv = column_slice((torch.randn(rows, dim) * 3).to(dtype))
     args = (torch.randn(dim), torch.randint(0, 1 << 20, (rows,)), frequencies(64), EPS)
     want = latent_reference.kv_norm_rope(kv, *args, quantize=quantize)
@@ -54,17 +57,24 @@ def test_kv_norm_rope(rows: int, dim: int, quantize: bool, dtype: torch.dtype) -
     assert_near(got, want, **({"bound": 2e-3, "unequal": 0.6} if quantize else bounds(dtype)))
 
     def alone(at: slice) -> torch.Tensor:
-        return latent.kv_norm_rope(kv[at], args[0], args[1][at], *args[2:], quantize=quantize)
+        made: torch.Tensor = latent.kv_norm_rope(
+            kv[at], args[0], args[1][at], *args[2:], quantize=quantize
+        )
+        return made
 
     assert_rows_alone(alone, got, list(range(rows)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cache", list(CacheDtype))
-@pytest.mark.parametrize(("rows", "dim", "quantize"), [(33, 512, True), (10, 512, False)])
+@pytest.mark.parametrize(
+    ("rows", "dim", "quantize"), [(33, 512, True), (10, 512, False), (7, 128, True)]
+)
+@pytest.mark.parametrize("kind", KINDS)
 def test_kv_insert_is_the_three_ops(
-    rows: int, dim: int, quantize: bool, cache: CacheDtype, dtype: torch.dtype
+    kind: str, rows: int, dim: int, quantize: bool, cache: CacheDtype, dtype: torch.dtype
 ) -> None:
+    insert, latent = INSERT[kind], LATENT[kind]
     pages = layout(cache, EntryKind.LATENT, dim, 5)
     kv, weight, at, freq, slots = there(
         (

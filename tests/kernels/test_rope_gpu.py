@@ -13,8 +13,9 @@ from tests.helpers.strided import column_slice
 from tests.kernels.oracle64 import frequencies
 
 pytestmark = pytest.mark.gpu
-query = Implementation("kernels.index_query.triton_impl")
-norm = Implementation("kernels.q_norm_rope.triton_impl")
+KINDS = ["triton", "cuda"]  # cuda takes the model's dims, and Triton the others
+QUERY = {k: Implementation(f"kernels.index_query.{k}_impl") for k in KINDS}
+NORM = {k: Implementation(f"kernels.q_norm_rope.{k}_impl") for k in KINDS}
 rope = Implementation("kernels.rope.triton_impl")
 DTYPES = [torch.float32, torch.bfloat16]
 FAR = [0, 1, 127, 65535, 262143, 1048575, 999983]
@@ -40,7 +41,9 @@ def test_apply_rope(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(7, 64, 512), (3, 128, 512), (600, 16, 512), (2, 5, 72)])
-def test_q_norm_rope(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_q_norm_rope(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    norm = NORM[kind]
     q, at, freq = there((torch.randn(shape).to(dtype), positions(shape[0]), frequencies(64)))
     want = norm_reference.q_norm_rope(q, at, freq, 1e-6)
     got = norm.q_norm_rope(q, at, freq, 1e-6)
@@ -53,7 +56,9 @@ def test_q_norm_rope(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("quantize", [True, False])
 @pytest.mark.parametrize("shape", [(5, 64, 128), (1100, 64, 128), (3, 5, 128), (3, 4, 64)])
-def test_index_query(shape: tuple[int, ...], quantize: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_index_query(kind: str, shape: tuple[int, ...], quantize: bool, dtype: torch.dtype) -> None:
+    query = QUERY[kind]
     q, at, freq = there((torch.randn(shape).to(dtype), positions(shape[0]), frequencies(64)))
     want = query_reference.index_query(q, at, freq, quantize=quantize)
     got = query.index_query(q, at, freq, quantize=quantize)

@@ -1,0 +1,298 @@
+// Gated pooling of rows and the end of an entry: norm, RoPE, rounding, pages. Shared by the decode step
+// and by the chunk form, so that an entry has the same bits from both.
+//
+// A thread holds four neighbouring channels. Sums of squares run over 64 channels (16 lanes) first, then
+// over the groups of 64 in ascending order, whoever holds them.
+#pragma once
+#include "../../qkv_norm_rope/cuda/row_math.cuh"
+
+namespace causeway {
+
+// What is done to the entries of one compressor.
+struct Finish {
+  const void* weight;
+  const float* inv_freq;
+  void* out;  // rows [E, D], or null
+  Pages pages;
+  float eps, index_scale;
+  int weight_f32, quantize;
+};
+
+struct Quad {
+  float u[4], g[4];
+};
+
+// Channels col .. col + 3 of series S of a row [u | g] with SERIES * D values each; a row that is not
+// there has u = 0 and g = -inf.
+template <int D, int SERIES>
+__device__ __forceinline__ Quad load_quad(const float* row, int series, int col, bool there) {
+  Quad q;
+#pragma unroll
+  for (int c = 0; c < 4; ++c) q.u[c] = 0.0f, q.g[c] = kNegInf;
+  if (there) {
+    load_values(row + series * D + col, q.u);
+    load_values(row + (SERIES + series) * D + col, q.g);
+  }
+  return q;
+}
+
+__device__ __forceinline__ float gate(float g, float top) { return exp2_fast((g - top) * kLog2e); }
+__device__ __forceinline__ float finite_top(float top) { return top == kNegInf ? 0.0f : top; }
+
+// Four channels of an entry from eight rows: four of the previous group, four of the own one.
+__device__ __forceinline__ void pool8(const Quad (&q)[8], float (&x)[4]) {
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    float top = q[0].g[c];
+#pragma unroll
+    for (int j = 1; j < 8; ++j) top = fmaxf(top, q[j].g[c]);
+    top = finite_top(top);
+    float total = 0.0f, sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      float w = gate(q[j].g[c], top);
+      total += w;
+      sum = fmaf(w, q[j].u[c], sum);
+    }
+    x[c] = sum / (total == 0.0f ? 1.0f : total);
+  }
+}
+
+constexpr int kPool128Threads = 256;
+struct Pool128Share {
+  float part[3][kPool128Threads / 32][64];
+};
+
+// 64 channels of an entry from 128 rows by 256 threads, which hold rows i * 16 + threadIdx / 16; the lanes
+// of warp 0 get four channels each, its two halves the same ones.
+__device__ __forceinline__ void pool128(const Quad (&q)[8], Pool128Share& share, float (&x)[4]) {
+  constexpr int kWarps = kPool128Threads / 32;
+  int quad = threadIdx.x % 16, warp = threadIdx.x / 32;
+  bool writes = threadIdx.x % 32 < 16;
+  float top[4], total[4], sum[4];
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    top[c] = q[0].g[c];
+#pragma unroll
+    for (int i = 1; i < 8; ++i) top[c] = fmaxf(top[c], q[i].g[c]);
+    top[c] = fmaxf(top[c], __shfl_xor_sync(kAll, top[c], 16));
+  }
+  if (writes) store_values(&share.part[0][warp][quad * 4], top);
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    float other[4];
+    load_values(&share.part[0][w][quad * 4], other);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) top[c] = fmaxf(top[c], other[c]);
+  }
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    float peak = finite_top(top[c]);
+    total[c] = sum[c] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float w = gate(q[i].g[c], peak);
+      total[c] += w;
+      sum[c] = fmaf(w, q[i].u[c], sum[c]);
+    }
+    total[c] += __shfl_xor_sync(kAll, total[c], 16);
+    sum[c] += __shfl_xor_sync(kAll, sum[c], 16);
+  }
+  if (writes) {
+    store_values(&share.part[1][warp][quad * 4], total);
+    store_values(&share.part[2][warp][quad * 4], sum);
+  }
+  __syncthreads();
+  if (warp) return;
+#pragma unroll
+  for (int c = 0; c < 4; ++c) total[c] = sum[c] = 0.0f;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    float t[4], s[4];
+    load_values(&share.part[1][w][quad * 4], t);
+    load_values(&share.part[2][w][quad * 4], s);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) total[c] += t[c], sum[c] += s[c];
+  }
+#pragma unroll
+  for (int c = 0; c < 4; ++c) x[c] = sum[c] / (total[c] == 0.0f ? 1.0f : total[c]);
+}
+
+// Sum of squares over the 16 lanes that hold 64 channels.
+__device__ __forceinline__ float square_sum(const float (&x)[4]) {
+  float sum = x[0] * x[0];
+#pragma unroll
+  for (int c = 1; c < 4; ++c) sum = fmaf(x[c], x[c], sum);
+  return sum_lanes<16>(sum);
+}
+
+// What the end of an entry needs besides its values, for channels col .. col + 3: read early, so that no
+// load is waited for after the pooling.
+struct Ending {
+  float weight[4], freq[2];
+  float2 turn[2];  // (cos, sin) of the two rotary pairs
+  bool tail;       // whether these channels rotate
+
+  __device__ __forceinline__ void read(const Finish& f, int col, int dim) {
+    tail = col >= dim - kRope;
+    if (f.weight_f32) load_values((const float*)f.weight + col, weight);
+    else load_values((const __nv_bfloat16*)f.weight + col, weight);
+    freq[0] = freq[1] = 0.0f;
+    if (tail) {
+      freq[0] = f.inv_freq[(col - (dim - kRope)) / 2];
+      freq[1] = f.inv_freq[(col - (dim - kRope)) / 2 + 1];
+    }
+  }
+  __device__ __forceinline__ void turn_at(int64_t position) {
+    if (!tail) return;
+    turn[0] = cos_sin(__fmul_rn((float)position, freq[0]));
+    turn[1] = cos_sin(__fmul_rn((float)position, freq[1]));
+  }
+};
+
+// Norm and RoPE of four channels whose row has `total` as its sum of squares.
+template <class T>
+__device__ __forceinline__ void norm_rope(float (&x)[4], float total, int dim, const Ending& end,
+                                          float eps) {
+  float factor = rsqrtf(total / (float)dim + eps);
+#pragma unroll
+  for (int c = 0; c < 4; ++c) x[c] = as_held<T>(__fmul_rn(__fmul_rn(x[c], factor), end.weight[c]));
+  if (end.tail) {
+    rotate(x, end.turn);
+    hold<T>(x);
+  }
+}
+
+// The end of a latent; all lanes of a warp call it, `live` ones write.
+template <class T>
+__device__ __forceinline__ void finish_main(float (&x)[4], float total, int col, int dim,
+                                            const Ending& end, const Finish& f, int64_t slot,
+                                            int64_t entry, bool live) {
+  norm_rope<T>(x, total, dim, end, f.eps);
+  finish_latent(x, col, dim, end.tail, f.quantize, f.pages, live ? slot : -1);
+  if (live && f.out) store_values((T*)f.out + entry * dim + col, x);
+}
+
+// The end of an indexer key of D channels in the first D / 4 lanes of a warp; all its lanes call it.
+template <int D, class T>
+__device__ __forceinline__ void finish_index(float (&x)[4], const Ending& end, const Finish& f,
+                                             int64_t slot, int64_t entry) {
+  constexpr int kLanes = D / 4;
+  int lane = threadIdx.x % 32, col = lane % kLanes * 4;
+  bool live = lane < kLanes;
+  float total = square_sum(x);
+  if constexpr (D == 128) total += __shfl_xor_sync(kAll, total, 16);
+  norm_rope<T>(x, total, D, end, f.eps);
+  if (f.quantize) {
+    float a = x[0] + x[1], b = x[0] - x[1], c = x[2] + x[3], d = x[2] - x[3];
+    x[0] = a + c, x[1] = b + d, x[2] = a - c, x[3] = b - d;
+#pragma unroll
+    for (int step = 1; step < kLanes; step <<= 1) {
+      float sign = lane & step ? -1.0f : 1.0f;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i] = fmaf(sign, x[i], __shfl_xor_sync(kAll, x[i], step));
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = as_held<T>(__fmul_rn(x[i], f.index_scale));
+    int byte = fp4_byte(max_lanes<8>(largest_bits(x)));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = on_fp4_grid(x[i], byte);
+  }
+  int byte = index_byte(max_lanes<kLanes>(largest_bits(x)));
+  if (live && f.out) store_values((T*)f.out + entry * D + col, x);
+  if (!live || f.pages.format == kNoPages || slot < 0) return;
+  Place at = place_of(f.pages, slot);
+  unsigned char* start = at.page + (int64_t)at.offset * f.pages.payload;
+  if (f.pages.format == kFp8Index) {
+    put_codes(start + col, x, scale_inverse(byte));
+    if (lane == 0)
+      *reinterpret_cast<float*>(at.page + f.pages.scale_offset +
+                                at.offset * f.pages.scale_bytes) = scale_value(byte);
+  } else {
+    put_plain(start, col, x, f.pages.format == kBf16Rows);
+  }
+}
+
+// A main entry of D channels in D / 4 threads, 64 per half-warp; `sums` holds D / 64 floats.
+template <int D, class T>
+__device__ __forceinline__ void finish_main_block(float (&x)[4], const Ending& end, const Finish& f,
+                                                  int64_t slot, int64_t entry, float* sums) {
+  int col = threadIdx.x * 4;
+  hold<T>(x);
+  float part = square_sum(x);
+  if (threadIdx.x % 16 == 0) sums[threadIdx.x / 16] = part;
+  __syncthreads();
+  float total = 0.0f;
+#pragma unroll
+  for (int i = 0; i < D / 64; ++i) total += sums[i];
+  finish_main<T>(x, total, col, D, end, f, slot, entry, true);
+}
+
+// ---- clusters of D / 64 blocks, each with 64 channels of one entry ------------------------------
+
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void store_remote(float* mine, int rank, float value) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(smem_address(mine)), "r"(rank));
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+// A main entry pooled from 128 rows; this block is number `rank` of its cluster. Every block of the
+// cluster comes here. `rows(j, series)` gives four channels of row j.
+template <int D, class T, class Rows>
+__device__ __forceinline__ void pool128_entry(const Rows& rows, int rank, int64_t position,
+                                              const Finish& f, int64_t slot, int64_t entry) {
+  __shared__ Pool128Share share;
+  __shared__ float sums[D / 64];
+  cluster_arrive();  // the others' shared memory may be written once they are here
+  int lane = threadIdx.x % 32, group = threadIdx.x / 16;
+  int col = rank * 64 + threadIdx.x % 16 * 4;
+  Quad q[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) q[i] = rows(i * 16 + group, 0);
+  float x[4], part = 0.0f;
+  pool128(q, share, x);
+  Ending end;
+  if (threadIdx.x < 32) {
+    end.read(f, col, D);
+    hold<T>(x);
+    part = square_sum(x);
+  }
+  cluster_wait();
+  if (threadIdx.x < D / 64) store_remote(&sums[rank], lane, part);
+  __syncwarp();
+  cluster_arrive();
+  if (threadIdx.x < 32) end.turn_at(position);
+  cluster_wait();
+  if (threadIdx.x >= 32) return;
+  float total = 0.0f;
+#pragma unroll
+  for (int i = 0; i < D / 64; ++i) total += sums[i];
+  finish_main<T>(x, total, col, D, end, f, slot, entry, lane < 16);
+}
+
+template <class Kernel, class Args>
+int launch_blocks(Kernel kernel, int64_t blocks, int y, int threads, int cluster, const Args& args,
+                  cudaStream_t stream) {
+  if (blocks == 0) return 0;
+  if (blocks > 0x7fffffff) return (int)cudaErrorInvalidConfiguration;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3((unsigned)blocks, (unsigned)y);
+  config.blockDim = dim3((unsigned)threads);
+  config.stream = stream;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {(unsigned)cluster, 1, 1};
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  cudaError_t code = cudaLaunchKernelEx(&config, kernel, args);
+  return (int)(code == cudaSuccess ? cudaGetLastError() : code);
+}
+
+}  // namespace causeway
