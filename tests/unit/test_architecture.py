@@ -229,7 +229,7 @@ def test_torch_cuda_only_where_named() -> None:
     wrong = []
     for path in product_files():
         if rel(path) in TORCH_CUDA or rel(path).endswith(
-            ("triton_impl.py", "cuda_impl.py", "deep_gemm_impl.py", "tuning.py")
+            ("_impl.py", "cuda_launch.py", "tuning.py")
         ):
             continue
         for node in ast.walk(tree_of(path)):
