@@ -82,9 +82,10 @@ def sparse_attention(
         )
     if key not in _PLANS and not torch.cuda.is_current_stream_capturing():
         _PLANS[key] = (plan[0], plan[1])
-    lse = lse.view(rows, heads)
     # It reports +inf for a row without keys, whose result it leaves zero.
-    return o.view(rows, heads, dim), lse.masked_fill(lse == float("inf"), float("-inf"))
+    nan, least = float("nan"), float("-inf")
+    lse = lse.view(rows, heads).nan_to_num_(nan=nan, posinf=least, neginf=least)
+    return o.view(rows, heads, dim), lse
 
 
 def _slots(
