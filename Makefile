@@ -10,7 +10,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 export PYTHONPATH := $(CURDIR)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-full lint bench
+.PHONY: demo test test-full lint bench sanitize
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.run-stamp
@@ -31,6 +31,10 @@ lint: $(VENV)/.test-stamp
 
 bench: $(VENV)/.test-stamp
 	$(PY) -m pytest tests/kernels --run-benchmark -m benchmark $(PYTEST_ARGS)
+
+# On a GPU machine: compute-sanitizer over all CUDA C++ kernels.
+sanitize: $(VENV)/.test-stamp
+	$(PY) tests/sanitize.py
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
