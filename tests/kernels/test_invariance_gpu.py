@@ -21,7 +21,7 @@ Results = tuple[Tensor, ...]
 Prepared = tuple[Case, Inputs, Results]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=str)
+@pytest.fixture(scope="module", params=[case for case in CASES if case.gpu], ids=str)
 def prepared(request: pytest.FixtureRequest) -> Prepared:
     """Arguments of a batch and the op's results on it; made once for all tests of a case."""
     case: Case = request.param

@@ -17,7 +17,7 @@ ON_CPU = [case for case in CASES if case.cpu]
 
 
 def test_every_op_has_cases_or_a_reason_to_have_none() -> None:
-    with_cases = {case.op for case in CASES}
+    with_cases = {case.op for case in CASES if case.gpu}
     assert with_cases | set(EXEMPT) == set(table(CPU))
     assert not with_cases & set(EXEMPT)
     assert all(len(reason.split()) > 4 for reason in EXEMPT.values())

@@ -384,6 +384,7 @@ def cases() -> Iterator[Case]:
                 no_graph=SYNC,
                 big=name == "flash",
                 cpu=small,
+                gpu=not small,
             )
         make = indexer(heads, per_page, k)
         yield Case(
@@ -391,9 +392,9 @@ def cases() -> Iterator[Case]:
             name=name,
             make=make,
             proof="tests/kernels/test_index_score_gpu.py",
-            no_graph="" if heads == 64 else "shapes that no model has run the torch twin",
             big=name == "flash",
             cpu=small,
+            gpu=not small,
         )
     chosen = "tests/kernels/test_topk_gpu.py"
     for name, columns, k in (

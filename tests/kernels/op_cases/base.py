@@ -57,6 +57,8 @@ class Case:
         no_graph: why a CUDA graph cannot capture the op; empty where it can.
         big: tested with more than 2^31 elements, or with 70,000 rows where that is too much memory.
         cpu: small enough for a test of the twin on a CPU.
+        gpu: False for shapes that no kernel takes: the torch twin runs them also on a GPU, and its sums
+            may depend on the batch.
     """
 
     op: str
@@ -67,6 +69,7 @@ class Case:
     no_graph: str = ""
     big: bool = False
     cpu: bool = False
+    gpu: bool = True
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name.replace(' ', '_')}"
@@ -174,7 +177,8 @@ def stored_bytes(pool: Tensor, shape: PageLayout, slots: Tensor) -> tuple[Tensor
     found = pool[page[:, None], columns].masked_fill(~stored, 0)
     written = torch.zeros(pool.shape[0] + 1, pool.shape[1], dtype=torch.bool, device=pool.device)
     target = torch.where(stored, page[:, None], pool.shape[0])  # the last page takes what has none
-    written[target.expand_as(columns), columns] = True
+    mark = torch.ones((), dtype=torch.bool, device=pool.device)  # no copy from the host in a graph
+    written.index_put_((target.expand_as(columns), columns), mark)
     clean = (written[:-1] | (pool == 0xFF)).all()
     return found, clean.expand(slots.shape[0]).clone()
 

@@ -83,6 +83,19 @@ def linear_quant(n: int, k: int, out: torch.dtype) -> Make:
     return make
 
 
+def swiglu_quant(inner: int, k: int) -> Make:
+    def make(count: int, device: torch.device, dtype: torch.dtype) -> Inputs:
+        prepared = kernels.prepare_weight(fp8_weight(device, 2 * inner, k))
+
+        def call(op: Op, rows: Rows) -> tuple[Tensor, ...]:
+            out = op(as_quant_rows(rows), prepared, limit=10.0, hidden_dtype=dtype)
+            return out.q.view(torch.uint8), out.scale
+
+        return Inputs(rows=quantised(device, count, k, dtype), call=call)
+
+    return make
+
+
 def experts(
     weight: Weight, hidden: int, inner: int, held: int, *, quant: bool, keep_fp4: bool = False
 ) -> Make:
@@ -245,6 +258,10 @@ def cases() -> Iterator[Case]:
             yield Case(op="linear", name=f"fp8 {name} to f32", make=make, bound=5e-4, cpu=small)
             make = linear_quant(n, k, torch.float32)
             yield Case(op="linear_quant", name=name, make=make, proof=PROOF, big="wo_b" in name)
+    for name, inner, k in (("flash", 2048, 4096), ("pro", 3072, 7168), ("odd", 200, 272)):
+        make = swiglu_quant(inner, k)
+        big, small = name == "flash", name == "odd"
+        yield Case(op="linear_swiglu_quant", name=name, make=make, proof=PROOF, big=big, cpu=small)
     make = linear_quant(7168, 16384, BF16)
     yield Case(op="linear_quant", name="pro wo_b", make=make, proof=PROOF)
     make = linear(fp4_weight, 2048, 4096)

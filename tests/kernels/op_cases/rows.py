@@ -69,6 +69,8 @@ def rounding(op_name: str, width: int) -> Make:
                 return q.view(torch.uint8), scale
             if op_name == "block_amax":
                 return (op(x, 128, 32),)
+            if op_name == "pack_fp4":
+                return tuple(op(x))
             return (op(x, 64),) if op_name == "fake_quant_fp8" else (op(x),)
 
         return Inputs(rows={"x": normal(device, count, width, dtype=dtype)}, call=call)
