@@ -1,14 +1,14 @@
-"""CUDA: FP8 weights meet FP8 rows on the tensor cores; plain weights go to cuBLAS."""
+"""CUDA: FP8 weights meet FP8 rows on the tensor cores, plain weights bf16 ones."""
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.linear import reference
+from kernels.linear import product, reference
 from kernels.linear.api import PreparedWeight, WeightKind
 from kernels.linear.device_weight import Fp8Weight, PlainWeight
 from kernels.linear.reencode import fp8_from_fp4
@@ -56,6 +56,11 @@ def prepare_weight(weight: BlockWeight, *, dequantize: bool = False) -> Prepared
     return cast("PreparedWeight", made)  # the same interface, other storage
 
 
+def build() -> None:
+    """Compile now what a first call would compile."""
+    product.build()
+
+
 def linear(
     x: Tensor,
     w: PreparedWeight,
@@ -64,11 +69,7 @@ def linear(
     amax: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """See ``kernels.linear.api.linear``.
-
-    Rows times an FP8 weight are batch-invariant; products with plain weights are cuBLAS's, whose
-    choice of kernel, and so of summation order, depends on the number of rows.
-    """
+    """See ``kernels.linear.api.linear``; every row's bits are the same in any batch."""
     weight: object = w  # one of the classes that prepare_weight made
     dtype = x.dtype if out_dtype is None else out_dtype
     known = x.dtype in _FLOATS and dtype in _FLOATS
@@ -78,24 +79,36 @@ def linear(
         rows = quant_rows(flat, amax=peaks, col_offset=w.col_offset)
         out = linear_quant(rows, w, out_dtype=dtype)
         return out.view(*x.shape[:-1], w.out_features)
-    if known and isinstance(weight, PlainWeight) and x.numel() and weight.data.numel():
-        flat = x.reshape(-1, x.shape[-1])
-        return _plain(flat, weight.data).to(dtype).view(*x.shape[:-1], w.out_features)
+    if known and isinstance(weight, PlainWeight):
+        count = math.prod(x.shape[:-1])
+        out = _plain(x.reshape(count, x.shape[-1]), weight.data, dtype)
+        return out.view(*x.shape[:-1], w.out_features)
     return reference.linear(x, w, quantize=quantize, amax=amax, out_dtype=out_dtype)
 
 
-def _plain(x: Tensor, w: Tensor) -> Tensor:
-    """Float32 ``x w^T``, accumulated in float32 without TF32."""
-    if w.dtype == torch.float32:
-        return F.linear(x.float(), w)
-    if x.dtype == torch.bfloat16:
-        return torch.mm(x, w.t(), out_dtype=torch.float32)
-    # A float32 value is the sum of three bfloat16 values: three exact products on the tensor cores.
-    # One product of stacked rows reads the weight once.
-    high = x.bfloat16()
-    rest = x - high.float()
+def _plain(x: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x w^T`` for values of float32 or bfloat16, summed in float32 without TF32."""
+    left, right = _parts(x), _parts(w)
+    if len(left) == len(right) == 1:
+        return product.product(x, w, dtype)
+    # All pairs of parts are exact products; one launch reads each operand once.
+    pairs = product.product(
+        torch.cat(left), torch.cat(right), torch.float32, early=len(right) == 1
+    ).view(len(left), x.shape[0], len(right), w.shape[0])
+    order = sorted(
+        ((i, j) for i in range(len(left)) for j in range(len(right))), key=lambda ij: -sum(ij)
+    )
+    out = torch.zeros(x.shape[0], w.shape[0], device=x.device)
+    for i, j in order:  # the smallest first
+        out += pairs[i, :, j]
+    return out.to(dtype)
+
+
+def _parts(values: Tensor) -> list[Tensor]:
+    """bf16 tensors whose sum is ``values``: a float32 value is the sum of three bf16 values."""
+    if values.dtype == torch.bfloat16:
+        return [values]
+    high = values.bfloat16()
+    rest = values - high.float()
     middle = rest.bfloat16()
-    low = (rest - middle.float()).bfloat16()
-    parts = torch.mm(torch.cat((high, middle, low)), w.t(), out_dtype=torch.float32)
-    first, second, third = parts.chunk(3)
-    return first + (second + third)
+    return [high, middle, (rest - middle.float()).bfloat16()]
