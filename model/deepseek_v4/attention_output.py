@@ -46,7 +46,8 @@ class AttentionOutput:
         self.view = mesh.decode_view(config.num_attention_heads, config.o_groups)
         self.groups = config.o_groups // mesh.tp.size
         self.first_group = mesh.coord.tp_rank * self.groups
-        self.wo_a = prepare_weight(weights.block(f"{attn}.wo_a.weight"))
+        # Its product takes unrounded rows: the values are kept, not the checkpoint's FP8 form.
+        self.wo_a = prepare_weight(weights.block(f"{attn}.wo_a.weight"), dequantize=True)
         self.wo_b = prepare_weight(weights.block(f"{attn}.wo_b.weight"))
         lo, hi = (g * self.rank_dim for g in self.view.groups)
         self.decode_wo_a = self.wo_a.rows(lo, hi)
