@@ -42,7 +42,7 @@ class DecodeGraphs:
     """Runs decode steps of any shape, capturing each padded shape when it is first seen.
 
     Args:
-        forward: batch -> (streams [T, R, D], logits float32 [T, V]); the same on every rank.
+        forward: batch -> (streams [T, R, D], this rank's logits float32 [T, share]).
     """
 
     def __init__(self, forward: Forward) -> None:
@@ -64,7 +64,7 @@ class DecodeGraphs:
         return PaddedShape(requests, blocks)
 
     def run(self, batch: DecodeBatch) -> tuple[Tensor, Tensor]:
-        """Streams [T, R, D] and logits [T, V] of a padded batch; valid until the next ``run``."""
+        """Streams [T, R, D] and logits [T, share] of a padded batch; valid until the next ``run``."""
         key = (batch.num_rows, *batch.block_table.shape)
         if key not in self._captured:
             self._captured[key] = self._capture(batch)

@@ -127,7 +127,7 @@ class Drafter:
             return b""
         rows = [DecodeRows(slot=s.slot, position=s.position, tokens=after[:known])]
         out = self._forward(rows, [streams[:known]])
-        logits = self.model.logits(self.mtp.head_rows(out))
+        logits = self.model.logits(self.mtp.head_rows(out)).full()
         return logits.cpu().numpy().tobytes()
 
     def _run(self, rows: Sequence[DecodeRows], streams: Sequence[Tensor]) -> Tensor:
@@ -159,7 +159,7 @@ class Drafter:
                 continue
             pick = self.prefill_builder.pick(step, [(i, p) for p in range(s.start, end)])
             rows = share_rows(self.model.mesh.cp, self.mtp.head_rows(out[pick.local]), pick)
-            logits = self.model.logits(rows)
+            logits = self.model.logits(rows).full()
             if self.model.mesh.world.rank == 0:
                 result[i] = logits.cpu().numpy().tobytes()
         return result

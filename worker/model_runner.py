@@ -16,6 +16,7 @@ from model.deepseek_v4.model import DeepSeekV4
 from model.forward_batch import DecodeBatch
 from model.parallel.context import share_rows
 from model.parallel.mesh import ParallelMesh
+from model.parallel.vocab import VocabLogits
 from worker.cuda_graph import DecodeGraphs
 from worker.decode_builder import DecodeBuilder, DecodeRows
 from worker.drafter import Drafter, DraftRequest
@@ -106,6 +107,8 @@ class ModelRunner:
             self.slots.append_blocks(s.slot, s.block_ids)
             rows.append(DecodeRows(slot=s.slot, position=s.position, tokens=_tokens(s, slot)))
         flat, streams, logits = self._decode_rows(rows)
+        speaks, wanted = self._speaks, any(s.logits for s in slices)
+        full = logits.full() if wanted else None
         first = {i: k for k, (i, j) in enumerate(flat) if j == 0}
         outputs: list[SliceOutput] = []
         drafts: list[DraftRequest] = []
@@ -138,7 +141,9 @@ class ModelRunner:
                     num_drafts=len(r.tokens) - 1 if not s.token_ids else 0,
                     num_accepted=max(len(accepted) - 1, 0),
                     logprobs=[lp for d in accepted for lp in d.logprobs],
-                    logits=_to_bytes(logits[own]) if s.logits and self._speaks else b"",
+                    logits=_to_bytes(full[own])
+                    if s.logits and speaks and full is not None
+                    else b"",
                     mtp_logits=mtp_bytes,
                 )
             )
@@ -148,7 +153,7 @@ class ModelRunner:
 
     def _decode_rows(
         self, rows: Sequence[DecodeRows]
-    ) -> tuple[list[tuple[int, int]], Tensor, Tensor]:
+    ) -> tuple[list[tuple[int, int]], Tensor, VocabLogits]:
         """(slice, token) of every row of the step, and their streams and logits."""
         padded = None
         if self.graphs is not None:
@@ -156,18 +161,18 @@ class ModelRunner:
             padded = self.graphs.shape(len(rows), max(blocks, 1))
         batch = self.decode_builder.build(rows, padded=padded)
         run = self._forward if self.graphs is None else self.graphs.run
-        streams, logits = run(batch)
+        streams, local = run(batch)
         width = max(len(r.tokens) for r in rows)
         flat = [(i, j) for i, r in enumerate(rows) for j in range(len(r.tokens))]
-        if len(flat) == len(rows) * width:  # padding, if any, comes last
-            return flat, streams[: len(flat)], logits[: len(flat)]
-        picked = torch.tensor([i * width + j for i, j in flat], device=streams.device)
-        return flat, streams[picked], logits[picked]
+        picked: Tensor | slice = slice(0, len(flat))
+        if len(flat) < len(rows) * width:  # else padding, if any, comes last
+            picked = torch.tensor([i * width + j for i, j in flat], device=streams.device)
+        return flat, streams[picked], self.model.sharded(local[picked])
 
     def _forward(self, batch: DecodeBatch) -> tuple[Tensor, Tensor]:
-        """Streams [T, R, D] and logits [T, V] of all rows, padded ones too."""
+        """Streams [T, R, D] and this rank's logits [T, share] of all rows, padded ones too."""
         streams = self.model.decode(batch, self.pool.layers)
-        return streams, self.model.logits(self.model.head_rows(streams))
+        return streams, self.model.local_logits(self.model.head_rows(streams))
 
     @property
     def _speaks(self) -> bool:
@@ -178,7 +183,7 @@ class ModelRunner:
         slices: Sequence[DecodeSlice],
         held: Sequence[Slot],
         rows: Sequence[DecodeRows],
-        logits: Tensor,
+        logits: VocabLogits,
         flat: Sequence[tuple[int, int]],
     ) -> dict[int, list[Draw]]:
         """The model's own token after every row of the slices that sample."""
@@ -189,7 +194,7 @@ class ModelRunner:
             held[i].draw_job(rows[i].position + j + 1, rows[i].tokens[1 : j + 1])
             for i, j in (flat[k] for k in chosen)
         ]
-        drawn = self.sampler.draw(logits[chosen], jobs)
+        drawn = self.sampler.draw(logits if len(chosen) == len(flat) else logits.rows(chosen), jobs)
         result: dict[int, list[Draw]] = {}
         for k, draw in zip(chosen, drawn, strict=True):
             result.setdefault(flat[k][0], []).append(draw)
@@ -240,7 +245,7 @@ class ModelRunner:
             b = min(a + _HEAD_ROWS, chunk.end)
             pick = self.prefill_builder.pick(step, [(index, p) for p in range(a, b)])
             rows = self.model.head_rows(streams[pick.local])
-            logits = self.model.logits(share_rows(self.mesh.cp, rows, pick))
+            logits = self.model.logits(share_rows(self.mesh.cp, rows, pick)).full()
             if not self._speaks:
                 continue
             if s.logits:

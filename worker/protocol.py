@@ -27,6 +27,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int = -1
 
     @property
+    def filters(self) -> bool:
+        """Whether tokens are left out by comparing them with the rest of the row."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
     def needs_history(self) -> bool:
         """Whether the ranks must know the tokens before ``SlotInit.start``."""
         return (

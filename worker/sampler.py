@@ -88,7 +88,7 @@ class Sampler:
         _check_lengths(logits, params=params, steps=steps, histories=rows)
         if not params:
             return []
-        best = _best(logits)
+        best = check_rows(logits)
         tokens: list[int] = best.tolist()
         penalised = [i for i, p in enumerate(params) if p.needs_history]
         drawn = [i for i, p in enumerate(params) if p.temperature > 0]
@@ -133,7 +133,7 @@ class Sampler:
                 raise ValueError(f"token_logprobs: row {i}: token {token}, allowed: 0..{vocab - 1}")
         if not token_ids:
             return []
-        _best(logits)
+        check_rows(logits)
         ids = torch.tensor(token_ids, device=logits.device).unsqueeze(1)
         chosen = logits.gather(1, ids)
         before = torch.arange(vocab, device=logits.device) < ids
@@ -168,7 +168,7 @@ def _check_lengths(logits: Tensor, **lists: Sequence[object]) -> None:
             )
 
 
-def _best(logits: Tensor) -> Tensor:
+def check_rows(logits: Tensor) -> Tensor:
     """Token id of each row's largest logit (the first among equals).
 
     The maximum is NaN or infinite exactly when a row cannot be sampled from.
@@ -219,7 +219,7 @@ def _draw(logits: Tensor, params: list[SamplingParams], steps: list[int]) -> lis
             column([p.top_p if p.top_p < 1.0 else float("inf") for p in chosen]),
             column([p.min_p for p in chosen]),
         )
-    seeds = torch.tensor([_signed(p.seed) for p in params], dtype=torch.int64)
+    seeds = torch.tensor([signed(p.seed) for p in params], dtype=torch.int64)
     noise = gumbel_noise(seeds, torch.tensor(steps, dtype=torch.int64), vocab, logits.device)
     tokens: list[int] = (scaled + noise).argmax(-1).tolist()
     return tokens
@@ -238,7 +238,7 @@ def _filtered(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Te
     return torch.empty_like(scaled).scatter_(1, order, values)
 
 
-def _signed(seed: int) -> int:
+def signed(seed: int) -> int:
     """A seed of any size as int64: its low 64 bits."""
     low = seed & ((1 << 64) - 1)
     return low - (1 << 64) if low >= 1 << 63 else low

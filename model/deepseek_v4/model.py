@@ -14,6 +14,7 @@ from model.deepseek_v4.block import Block
 from model.deepseek_v4.hyper_connection import HyperHead, Residual
 from model.deepseek_v4.mtp import MTPBlock
 from model.parallel.expert import ExpertParallel
+from model.parallel.vocab import VocabLogits
 
 if TYPE_CHECKING:
     from kernels import Numerics
@@ -94,16 +95,17 @@ class DeepSeekV4:
         """Streams [T, R, D] -> normed rows for the LM head [T, D]."""
         return rms_norm(self.hc_head(streams), self.norm, self.config.rms_norm_eps)
 
-    def logits(self, rows: Tensor) -> Tensor:
-        """Head rows, the same on every rank [N, D] -> float32 [N, vocab] on every rank."""
-        world, vocab = self.mesh.world, self.config.vocab_size
-        local = linear(rows, self.head, quantize=False, out_dtype=torch.float32)
-        if world.size == 1:
-            return local
-        share = -(-vocab // world.size)
-        padded = functional.pad(local, (0, share - local.shape[1]))
-        gathered = world.all_gather(padded).view(world.size, rows.shape[0], share)
-        return gathered.transpose(0, 1).reshape(rows.shape[0], -1)[:, :vocab]
+    def local_logits(self, rows: Tensor) -> Tensor:
+        """Head rows [N, D], the same on every rank -> this rank's columns, float32 [N, share]."""
+        return linear(rows, self.head, quantize=False, out_dtype=torch.float32)
+
+    def sharded(self, local: Tensor) -> VocabLogits:
+        """What ``local_logits`` gave, with all that is needed to complete it."""
+        return VocabLogits(local=local, vocab_size=self.config.vocab_size, group=self.mesh.world)
+
+    def logits(self, rows: Tensor) -> VocabLogits:
+        """Head rows, the same on every rank [N, D] -> their logits."""
+        return self.sharded(self.local_logits(rows))
 
     def _streams(self, ids: Tensor) -> Tensor:
         x = self.embedding(ids)
