@@ -16,17 +16,18 @@ from kernels.index_score import reference
 from kernels.nvcc import check_launch, load_library, pointer, stream
 from kernels.page_layout import CacheDtype, PageLayout
 
-_SOURCE = Path(__file__).parent / "cuda" / "index_score.cu"
+_FOLDER = Path(__file__).parent / "cuda"
+_SOURCES = (_FOLDER / "index_score.cu", _FOLDER / "keys.cuh")
 _HEADS, _DIM = 64, 128
 _STRIDE = 256  # columns; the row stride is a multiple of it
-_DECODE_ROWS = 32  # up to here a block takes one row, up to the next limit 4, then 8
-_SMALL_ROWS = 1024
+_DECODE_ROWS = 512  # up to here a block takes one row where most sequences have one or two
+_SMALL_ROWS = 256  # up to here a block takes 4 rows, then 8
 _BLOCKS_PER_PROCESSOR = 8  # blocks of a long prefill; causal rows make them uneven
 
 
 def build() -> None:
     """Compile what this module runs (at start, before the first request)."""
-    load_library(_SOURCE)
+    load_library(*_SOURCES)
 
 
 def supports(q: Tensor, layout: PageLayout) -> bool:
@@ -83,8 +84,8 @@ def score_into(
         return
     if q.data_ptr() % 16 or q.stride(0) % 8 or q.stride(1) % 8:
         q = q.contiguous()
-    tile = 1 if rows <= _DECODE_ROWS else 4 if rows <= _SMALL_ROWS else 8
-    code = load_library(_SOURCE).causeway_index_score(
+    tile = _tile(rows, block_table.shape[0])
+    code = load_library(*_SOURCES).causeway_index_score(
         pointer(q),
         ctypes.c_int64(q.stride(0)),
         ctypes.c_int64(q.stride(1)),
@@ -103,15 +104,22 @@ def score_into(
         ctypes.c_int(width),
         ctypes.c_int(fill),
         ctypes.c_int(tile),
-        ctypes.c_int(_parts(-(-rows // tile), width, q.device.index or 0)),
+        ctypes.c_int(_parts(-(-rows // tile), tile, width, q.device.index or 0)),
         stream(q),
     )
     check_launch("index_score", code)
 
 
-def _parts(tiles: int, width: int, device: int) -> int:
+def _tile(rows: int, sequences: int) -> int:
+    """Rows of a block: they share the keys they read. The result is the same with any."""
+    if rows <= min(2 * sequences, _DECODE_ROWS):
+        return 1
+    return 4 if rows <= _SMALL_ROWS else 8
+
+
+def _parts(tiles: int, tile: int, width: int, device: int) -> int:
     """Blocks that share the entries of one tile of rows."""
-    processors = _processors(device)
+    processors = _processors(device) * (2 if tile == 1 else 1)  # blocks that run at once
     most = -(-width // 192)  # 3 warpgroups of 64 entries
     wanted = (
         processors // tiles if tiles < processors else _BLOCKS_PER_PROCESSOR * processors // tiles

@@ -37,7 +37,6 @@ def index_topk(
     chosen = torch.empty(rows, k, dtype=torch.int32, device=q.device)
     if width == 0:
         return chosen.fill_(-1)
-    visible = torch.where(row_seq >= 0, num_entries, 0).clamp_(max=width)
     stride = -(-width // _STRIDE) * _STRIDE
     step = max(1, min(rows, _SCORE_BYTES // (4 * stride)))
     scores = torch.empty(step, stride, dtype=torch.float32, device=q.device)
@@ -52,8 +51,8 @@ def index_topk(
             layout,
             block_table,
             row_seq[part],
-            visible[part],
+            num_entries[part],
             fill=False,
         )
-        topk.select_into(chosen[part], out, None, visible[part])
+        topk.select_into(chosen[part], out, None, num_entries[part], row_seq[part])
     return chosen

@@ -12,11 +12,14 @@ from kernels.nvcc import check_launch, load_library, pointer, stream
 from kernels.topk import reference
 
 _FOLDER = Path(__file__).parent / "cuda"
-_SOURCES = (_FOLDER / "topk.cu", _FOLDER / "select.cuh")
+_SOURCES = (_FOLDER / "topk.cu", _FOLDER / "row.cuh", _FOLDER / "select.cuh")
 _MERGE_COLUMNS = 8192  # candidates of a row that fit into shared memory
-_FEW_ROWS = 33  # up to here a cluster of 8 blocks reads each row: 2 blocks for every processor
-_LONG_ROW = 16384  # columns
+_LONG_ROW = 16384  # columns; a cluster of 8 blocks may read such a row,
+_CLUSTER_ROWS = 33  # up to this many rows: 2 blocks for every processor
+_LONGER_ROW, _WIDE_ROWS = 131072, 4  # the same for clusters of 16
+_SHORT_ROW = 8192  # columns; more threads would only wait for each other
 _SMALL_K, _SMALL_ROW = 1024, 65536  # up to here few candidates are kept: more rows at once
+_ROWS_AT_ONCE = 132  # blocks of 1024 threads that run at once; twice as many of 512
 
 
 def build() -> None:
@@ -36,16 +39,20 @@ def topk_select(
 
 
 def select_into(
-    out: Tensor, scores: Tensor, row_start: Tensor | None, row_end: Tensor | None
+    out: Tensor,
+    scores: Tensor,
+    row_start: Tensor | None,
+    row_end: Tensor | None,
+    row_seq: Tensor | None = None,
 ) -> None:
-    """``topk_select`` of float32 scores into ``out``, int32 [T, k] without gaps between rows."""
+    """``topk_select`` of float32 scores into ``out``, int32 [T, k] without gaps between rows.
+
+    Args:
+        row_seq: int64 [T]; a row below 0 has no candidate. None: every row counts.
+    """
     (rows, columns), k = scores.shape, out.shape[1]
     if rows == 0 or k == 0:
         return
-    if rows <= _FEW_ROWS and columns >= _LONG_ROW:
-        shape = 2
-    else:
-        shape = 1 if k > _SMALL_K or columns > _SMALL_ROW else 0
     code = load_library(*_SOURCES).causeway_topk_select(
         pointer(scores),
         ctypes.c_int64(rows),
@@ -54,11 +61,25 @@ def select_into(
         ctypes.c_int(k),
         pointer(row_start),
         pointer(row_end),
+        pointer(row_seq),
         pointer(out),
-        ctypes.c_int(shape),
+        ctypes.c_int(_shape(rows, columns, k)),
         stream(scores),
     )
     check_launch("topk_select", code)
+
+
+def _shape(rows: int, columns: int, k: int) -> int:
+    """How many threads take a row; see the launcher. The result is the same with any."""
+    if rows <= _WIDE_ROWS and columns >= _LONGER_ROW:
+        return 4
+    if rows <= _CLUSTER_ROWS and columns >= _LONG_ROW:
+        return 3
+    if columns <= _SHORT_ROW:
+        return 0 if k <= _SMALL_K else 1
+    if rows <= _ROWS_AT_ONCE:
+        return 2
+    return 1 if rows <= 2 * _ROWS_AT_ONCE or k > _SMALL_K or columns > _SMALL_ROW else 0
 
 
 def topk_merge(values: Tensor, indices: Tensor, k: int) -> Tensor:

@@ -10,73 +10,21 @@
 // queries are stored in the matching order, and a dot product does not care.
 #include <cuda_fp8.h>
 
-#include "hopper.cuh"
+#include "keys.cuh"
 #include "wgmma.cuh"
 
 namespace causeway {
 
-constexpr int kHeads = 64;
-constexpr int kDim = 128;
-constexpr int kGroups = 3;  // warpgroups
-constexpr int kThreads = 128 * kGroups;
-constexpr int kTile = 64;                  // keys of a warpgroup
-constexpr int kTermBytes = kHeads * kDim;  // one row's queries, one term
-
-struct ScoreArgs {
-  const __nv_bfloat16* q;
-  int64_t q_row, q_head;  // strides, elements
-  const float* w;
-  int64_t w_row;
-  const uint8_t* pool;
-  int64_t page_stride;  // bytes
-  int per_page;
-  const int32_t* block_table;
-  int64_t table_row;
-  const int64_t* row_seq;
-  const int64_t* num_entries;
-  float* out;
-  int64_t out_row;
-  int rows, width, fill;
-};
-
 template <int kRows>
 struct ScoreSmem {
+  static constexpr int kDepth = kRows == 4 ? 6 : 3;  // tiles in flight where one row meets its keys
   alignas(1024) uint8_t q[2][kRows][kTermBytes];
+  WarpKeys ring[kThreads / 32][kDepth];
   float w[kRows][kHeads];
   int second[kRows];
   int limit[kRows];  // entries the row may see
   int seq[kRows];
 };
-
-struct KeyTile {
-  uint32_t words[2][8];  // rows g and g + 8 of the warp's 16
-  float scale[2];        // NaN: the page is not here
-};
-
-__device__ __forceinline__ void load_keys(KeyTile& tile, const ScoreArgs& a, const int32_t* table,
-                                          int first, int limit, bool aligned) {
-  int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    int entry = first + 16 * warp + 8 * half + (lane >> 2);
-    tile.scale[half] = __int_as_float(0x7fffffff);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) tile.words[half][j] = 0;
-    if (entry >= limit) continue;
-    int block = (unsigned)entry / (unsigned)a.per_page, offset = entry - block * a.per_page;
-    int64_t page = __ldg(table + block);
-    if (page < 0) continue;
-    const uint8_t* base = a.pool + page * a.page_stride;
-    const uint8_t* key = base + (int64_t)offset * kDim + (lane & 3) * 16;
-    uint4 low = load16(key, aligned), high = load16(key + 64, aligned);
-    tile.words[half][0] = low.x, tile.words[half][1] = low.y;
-    tile.words[half][2] = low.z, tile.words[half][3] = low.w;
-    tile.words[half][4] = high.x, tile.words[half][5] = high.y;
-    tile.words[half][6] = high.z, tile.words[half][7] = high.w;
-    tile.scale[half] =
-        __ldg(reinterpret_cast<const float*>(base + (int64_t)a.per_page * kDim + offset * 4));
-  }
-}
 
 // Queries of the tile's rows -> e4m3 terms in shared memory; 8 lanes per (row, head).
 template <int kRows>
@@ -132,7 +80,7 @@ __device__ bool load_queries(ScoreSmem<kRows>& s, const ScoreArgs& a, int first)
     any |= rest;
     if (segment == 0) {
       float weight = real ? a.w[(int64_t)(first + row) * a.w_row + head] : 0.0f;
-      s.w[row][head] = weight * __uint_as_float((uint32_t)(127 + shift) << 23);
+      s.w[row][head] = weight * __uint_as_float((uint32_t)(126 + shift) << 23);
     }
   }
   return any;
@@ -151,17 +99,20 @@ __device__ __forceinline__ void start_dots(float (&dots)[32], const KeyTile& k, 
   wgmma_commit();
 }
 
-// This thread's share of sum_h relu(dot) * w for its two keys.
+// Exact, NaN stays NaN, and an addition runs at twice the rate of a maximum.
+__device__ __forceinline__ float twice_relu(float x) { return x + fabsf(x); }
+
+// This thread's share of sum_h relu(dot) * w for its two keys; the weights in memory are halved.
 __device__ __forceinline__ void weigh(const float (&dots)[32], const float* w, float& low, float& high) {
   const float2* pairs = reinterpret_cast<const float2*>(w) + (threadIdx.x & 3);
   float a = 0.0f, b = 0.0f, c = 0.0f, d = 0.0f;
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     float2 x = pairs[4 * j];
-    a = fmaf(fmaxf(dots[4 * j], 0.0f), x.x, a);
-    b = fmaf(fmaxf(dots[4 * j + 1], 0.0f), x.y, b);
-    c = fmaf(fmaxf(dots[4 * j + 2], 0.0f), x.x, c);
-    d = fmaf(fmaxf(dots[4 * j + 3], 0.0f), x.y, d);
+    a = fmaf(twice_relu(dots[4 * j]), x.x, a);
+    b = fmaf(twice_relu(dots[4 * j + 1]), x.y, b);
+    c = fmaf(twice_relu(dots[4 * j + 2]), x.x, c);
+    d = fmaf(twice_relu(dots[4 * j + 3]), x.y, d);
   }
   low = a + b;
   high = c + d;
@@ -185,8 +136,19 @@ __device__ __forceinline__ void put(const ScoreArgs& a, const ScoreSmem<kRows>& 
   a.out[(int64_t)(first + row) * a.out_row + entry] = value;
 }
 
+// Product with the second terms of a row, one after the other (queries that were never rounded).
+__device__ __forceinline__ void both_terms(float (&dots)[32], const KeyTile& keys, uint32_t first,
+                                           uint32_t second, bool has_second) {
+  start_dots(dots, keys, first, 0);
+  wgmma_wait<0>();
+  if (has_second) {
+    start_dots(dots, keys, second, 1);
+    wgmma_wait<0>();
+  }
+}
+
 // Scores of 64 keys against rows [from, to) of the tile. Without second terms the product of the next
-// row runs while a row is weighed; with them (queries that were never rounded) one after the other.
+// row runs while a row is weighed.
 template <int kRows, bool kSecond>
 __device__ __forceinline__ void score_tile(const ScoreArgs& a, const ScoreSmem<kRows>& s,
                                            const KeyTile& keys, uint32_t q_base, int first, int from,
@@ -198,12 +160,8 @@ __device__ __forceinline__ void score_tile(const ScoreArgs& a, const ScoreSmem<k
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
     if constexpr (kSecond) {
-      start_dots(dots[row & 1], keys, q_base + row * kTermBytes, 0);
-      wgmma_wait<0>();
-      if (__shfl_sync(~0u, s.second[row], 0)) {
-        start_dots(dots[row & 1], keys, q_base + (kRows + row) * kTermBytes, 1);
-        wgmma_wait<0>();
-      }
+      both_terms(dots[row & 1], keys, q_base + row * kTermBytes, q_base + (kRows + row) * kTermBytes,
+                 __shfl_sync(~0u, s.second[row], 0));
     } else if (row + 1 < kRows) {
       start_dots(dots[(row + 1) & 1], keys, q_base + (row + 1) * kTermBytes, 0);
       wgmma_wait<1>();
@@ -212,32 +170,90 @@ __device__ __forceinline__ void score_tile(const ScoreArgs& a, const ScoreSmem<k
     }
     fence_regs(dots[row & 1]);
     weigh(dots[row & 1], s.w[row], low[row & 3], high[row & 3]);
-    if constexpr (kRows > 1) {
-      if ((row & 3) == 3) {
-        float v[2] = {reduce_four(low), reduce_four(high)};
-        int mine = row - 3 + t;
-        if (mine >= from && mine < to) {
+    if ((row & 3) == 3) {
+      float v[2] = {reduce_four(low), reduce_four(high)};
+      int mine = row - 3 + t;
+      if (mine >= from && mine < to) {
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            put<kRows>(a, s, first, mine, entry + 8 * half, v[half] * keys.scale[half], here[half]);
-          }
+        for (int half = 0; half < 2; ++half) {
+          put<kRows>(a, s, first, mine, entry + 8 * half, v[half] * keys.scale[half], here[half]);
         }
       }
     }
   }
-  if constexpr (kRows == 1) {
-    float v[2] = {low[0], high[0]};
+}
+
+// The same for one row, with the same bits.
+template <int kRows, bool kSecond>
+__device__ __forceinline__ void score_row(const ScoreArgs& a, const ScoreSmem<kRows>& s,
+                                          const KeyTile& keys, uint32_t q_base, int first, int row,
+                                          int entry) {
+  float dots[32], v[2];
+  if constexpr (kSecond) {
+    both_terms(dots, keys, q_base + row * kTermBytes, q_base + (kRows + row) * kTermBytes,
+               __shfl_sync(~0u, s.second[row], 0));
+  } else {
+    start_dots(dots, keys, q_base + row * kTermBytes, 0);
+    wgmma_wait<0>();
+  }
+  fence_regs(dots);
+  weigh(dots, s.w[row], v[0], v[1]);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      v[half] += __shfl_xor_sync(~0u, v[half], 1);
-      v[half] += __shfl_xor_sync(~0u, v[half], 2);
-      if (t == 0) put<kRows>(a, s, first, 0, entry + 8 * half, v[half] * keys.scale[half], here[half]);
+  for (int half = 0; half < 2; ++half) {
+    v[half] += __shfl_xor_sync(~0u, v[half], 1);
+    v[half] += __shfl_xor_sync(~0u, v[half], 2);
+    if ((threadIdx.x & 3) == half) {
+      put<kRows>(a, s, first, row, entry + 8 * half, v[half] * keys.scale[half],
+                 keys.scale[half] == keys.scale[half]);
     }
   }
 }
 
+// One row against all its keys: memory decides, so each warp keeps several tiles on their way.
 template <int kRows, bool kSecond>
-__device__ __forceinline__ void score_runs(const ScoreArgs& a, const ScoreSmem<kRows>& s,
+__device__ __forceinline__ void stream_row(const ScoreArgs& a, ScoreSmem<kRows>& s, uint32_t q_base,
+                                           const int32_t* table, int first, int row, int begin, int stride,
+                                           int limit, bool aligned) {
+  constexpr int kDepth = ScoreSmem<kRows>::kDepth;
+  int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
+  WarpKeys* ring = s.ring[threadIdx.x >> 5];
+  bool together = aligned && a.per_page % 16 == 0;
+  int own = 16 * warp + (together ? 0 : lane & 15);
+  auto start = [&](WarpKeys& to, Place place) {
+    if (together) {
+      start_page_keys(to, a, place);
+    } else {
+      start_keys(to, a, place, aligned);
+    }
+  };
+  Place place[kDepth];
+#pragma unroll
+  for (int d = 0; d < kDepth; ++d) place[d] = find_key(a, table, begin + d * stride + own, limit);
+#pragma unroll
+  for (int d = 0; d < kDepth - 1; ++d) {
+    if (begin + d * stride < limit) start(ring[d], place[d]);
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  }
+  Place next = place[kDepth - 1];
+  int slot = 0, ahead = kDepth - 1;
+  for (int tile = begin; tile < limit; tile += stride) {
+    if (tile + (kDepth - 1) * stride < limit) start(ring[ahead], next);
+    asm volatile("cp.async.commit_group;\ncp.async.wait_group %0;" ::"n"(kDepth - 1) : "memory");
+    next = find_key(a, table, tile + kDepth * stride + own, limit);
+    __syncwarp();
+    KeyTile keys;
+    read_keys(keys, ring[slot]);
+    __syncwarp();
+    score_row<kRows, kSecond>(a, s, keys, q_base, first, row, tile + 16 * warp + (lane >> 2));
+    slot = slot + 1 == kDepth ? 0 : slot + 1;
+    ahead = ahead + 1 == kDepth ? 0 : ahead + 1;
+  }
+  copies_wait_all();
+  __syncwarp();
+}
+
+template <int kRows, bool kSecond>
+__device__ __forceinline__ void score_runs(const ScoreArgs& a, ScoreSmem<kRows>& s,
                                            uint32_t q_base, int first, int count) {
   bool aligned = ((uintptr_t)a.pool | (uintptr_t)a.page_stride) % 16 == 0;
   int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
@@ -249,15 +265,19 @@ __device__ __forceinline__ void score_runs(const ScoreArgs& a, const ScoreSmem<k
     to = __shfl_sync(~0u, to, 0);
     limit = __shfl_sync(~0u, limit, 0);
     const int32_t* table = a.block_table + (int64_t)max(s.seq[from], 0) * a.table_row;
-    KeyTile keys, next;
-    load_keys(keys, a, table, begin, limit, aligned);
-    int tile = begin;
-    for (; tile < limit; tile += stride) {
-      load_keys(next, a, table, tile + stride, limit, aligned);
-      score_tile<kRows, kSecond>(a, s, keys, q_base, first, from, to, tile + 16 * warp + (lane >> 2));
-      keys = next;
+    if (kRows == 1 || (kRows == 4 && to - from == 1)) {
+      stream_row<kRows, kSecond>(a, s, q_base, table, first, from, begin, stride, limit, aligned);
+    } else if constexpr (kRows > 1) {
+      KeyTile keys, next;
+      load_keys(keys, a, table, begin, limit, aligned);
+      for (int tile = begin; tile < limit; tile += stride) {
+        load_keys(next, a, table, tile + stride, limit, aligned);
+        score_tile<kRows, kSecond>(a, s, keys, q_base, first, from, to, tile + 16 * warp + (lane >> 2));
+        keys = next;
+      }
     }
     if (!a.fill) continue;
+    int tile = begin < limit ? begin + (limit - begin + stride - 1) / stride * stride : begin;
     for (; tile < a.width; tile += stride) {
       for (int row = from + warp; row < to; row += 4) {
         float* out = a.out + (int64_t)(first + row) * a.out_row;
@@ -269,7 +289,9 @@ __device__ __forceinline__ void score_runs(const ScoreArgs& a, const ScoreSmem<k
 }
 
 template <int kRows>
-__global__ void __launch_bounds__(kThreads, 1) index_score_kernel(const ScoreArgs a) {
+__global__ void __launch_bounds__(kThreads, kRows == 1 ? 2 : 1) index_score_kernel(const ScoreArgs a) {
+  // May start while the kernel ahead ends; the one behind (the selection) may do so as well.
+  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
   extern __shared__ uint8_t raw[];
   ScoreSmem<kRows>& s =
       *reinterpret_cast<ScoreSmem<kRows>*>(raw + ((1024 - (smem_address(raw) & 1023)) & 1023));
@@ -301,8 +323,17 @@ int launch(const ScoreArgs& a, int parts, cudaStream_t stream) {
   int bytes = sizeof(ScoreSmem<kRows>) + 1024;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return (int)error;
-  kernel<<<dim3((a.rows + kRows - 1) / kRows, parts), kThreads, bytes, stream>>>(a);
-  return (int)cudaGetLastError();
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3((a.rows + kRows - 1) / kRows, parts);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return (int)cudaLaunchKernelEx(&config, kernel, a);
 }
 
 }  // namespace causeway
@@ -312,8 +343,9 @@ extern "C" int causeway_index_score(const void* q, int64_t q_row, int64_t q_head
                                     const int32_t* block_table, int64_t table_row, const int64_t* row_seq,
                                     const int64_t* num_entries, float* out, int64_t out_row, int rows,
                                     int width, int fill, int tile_rows, int parts, cudaStream_t stream) {
+  int shift = per_page & (per_page - 1) ? -1 : __builtin_ctz((unsigned)per_page);
   causeway::ScoreArgs a = {static_cast<const __nv_bfloat16*>(q), q_row,   q_head,      w,   w_row,   pool,
-                           page_stride, per_page, block_table, table_row, row_seq, num_entries, out,
+                           page_stride, per_page, shift, block_table, table_row, row_seq, num_entries, out,
                            out_row, rows, width, fill};
   if (tile_rows == 1) return causeway::launch<1>(a, parts, stream);
   if (tile_rows == 4) return causeway::launch<4>(a, parts, stream);

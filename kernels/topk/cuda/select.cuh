@@ -88,32 +88,57 @@ struct Threshold {
   uint32_t ties;   // how many are equal to it (>= room); room == ties: accept all
 };
 
-// The rank-th largest key (rank >= 1). visit(f) calls f(key) for all keys of this thread, at least
-// `rank` of them nonzero in the block. May end early with a lower key when no tie must be cut, and
-// does so when `last` > 0: then the bits below it count as zero.
+__device__ __forceinline__ int bit_length(uint32_t x) { return 32 - __clz(x); }
+__device__ __forceinline__ int bit_length(uint64_t x) { return 64 - __clzll(x); }
+
+// The rank-th largest key (rank >= 1) among those in [low, high]. visit(f) calls f(key) for all keys of
+// this thread (0 is no key); the block has at least `rank` in the range. Digits are those of key - low:
+// a narrow range is done in few steps, and its keys do not meet in one counter. May end early with a
+// lower key when no tie must be cut, and does so at bit `last` when that is > 0.
 template <int kThreads, typename Key, typename Visit>
-__device__ Threshold<Key> radix_select(SelectScratch& s, uint32_t rank, Visit visit, int last = 0) {
-  Key prefix = 0, mask = 0;
+__device__ Threshold<Key> radix_select(SelectScratch& s, uint32_t rank, Key low, Key high, Visit visit,
+                                       int last = 0) {
+  Key prefix = 0;
   uint32_t remaining = rank, count = 0;
-  for (int shift = 8 * (int)sizeof(Key) - 8; shift >= last; shift -= 8) {
+  int above = max(bit_length((Key)(high - low)), last + 1);  // bits from here on are settled
+  while (above > last) {
+    int shift = max(above - 8, last);
     __syncthreads();
     for (int i = threadIdx.x; i < 256; i += kThreads) s.histogram[i] = 0;
     __syncthreads();
     visit([&](Key key) {
-      if (key != 0 && (key & mask) == prefix) {
-        atomicAdd(&s.histogram[(uint32_t)(key >> shift) & 255u], 1u);
+      Key offset = key - low;
+      bool settled = above >= 8 * (int)sizeof(Key) || (offset >> above) == (prefix >> above);
+      if (key != 0 && key >= low && settled) {
+        atomicAdd(&s.histogram[(uint32_t)(offset >> shift) & ((1u << (above - shift)) - 1)], 1u);
       }
     });
     __syncthreads();
     pick_digit(s, remaining);
     __syncthreads();
     prefix |= (Key)s.digit << shift;
-    mask |= (Key)255 << shift;
     remaining = s.remaining;
     count = s.in_digit;
-    if (count == remaining || (shift == last && last > 0)) return {prefix ? prefix - 1 : 0, 0, 0};
+    above = shift;
+    if (count == remaining || (shift == last && last > 0)) return {low + prefix - 1, 0, 0};
   }
-  return {prefix, remaining, count};
+  return {low + prefix, remaining, count};
+}
+
+// Smallest nonzero and largest of the block's keys, given each thread's own. A block without any key
+// gets (~0, 0).
+template <int kThreads>
+__device__ __forceinline__ void block_range(SelectScratch& s, uint32_t& low, uint32_t& high) {
+  low = __reduce_min_sync(~0u, low);
+  high = __reduce_max_sync(~0u, high);
+  __syncthreads();
+  if ((threadIdx.x & 31) == 0) s.histogram[threadIdx.x >> 5] = low, s.histogram[32 + (threadIdx.x >> 5)] = high;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < kThreads / 32; ++w) {
+    low = min(low, s.histogram[w]);
+    high = max(high, s.histogram[32 + w]);
+  }
 }
 
 }  // namespace causeway
