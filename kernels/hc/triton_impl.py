@@ -232,6 +232,7 @@ def collapse(
     comb = new((tokens, r, r) if iters else (0,))
     if out.numel() == 0:
         return out, post, comb
+    x = x.contiguous()  # strides decide how Triton lays out a load, and that how it adds up
     few = tokens <= _FEW
     parts = _SLAB // _CHUNK if few else 1  # of a slab, each one program
     partial = new((tokens, slabs * parts, count))
