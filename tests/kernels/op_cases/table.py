@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from kernels.dispatch import _FOLDERS
 from tests.kernels.op_cases import attention, fused, products, rows
 from tests.kernels.op_cases.base import Case
 
 CASES: tuple[Case, ...] = tuple(
-    case
-    for part in (rows, products, attention, fused)
-    for case in part.cases()
-    if case.op in _FOLDERS
+    case for part in (rows, products, attention, fused) for case in part.cases()
 )
 
 # Op -> why no batch of rows can change its result.
