@@ -153,13 +153,21 @@ def _optional(folder: str, name: str, backend: Backend, why: str) -> Implementat
     )
 
 
+def _rows(folder: str, why: str) -> tuple[Implementation, ...]:
+    """CUDA C++ for sm_90a for the dims of the models, which hands other dims to Triton."""
+    return (
+        *_hopper(folder, f"{why}, else Triton; f64 runs the twin"),
+        *_triton(folder, "one pass; f64 runs the twin"),
+    )
+
+
 # Op -> implementations preferred over the reference, best first.
 _FASTER: dict[str, tuple[Implementation, ...]] = {
     "quant_rows": _hopper("quant_rows", "one pass, codes and scales"),
     "rms_norm_quant": _hopper("quant_rows", "one pass, norm and codes"),
     "swiglu_quant": _hopper("quant_rows", "one pass, the hidden rows are not written"),
     "prepare_weight": _hopper("linear", "keeps the checkpoint's bytes"),
-    "linear": _hopper("linear", "FP8 tensor cores; plain weights by cuBLAS"),
+    "linear": _hopper("linear", "FP8 or BF16 tensor cores; f64 and unrounded FP8 run the twin"),
     "prepare_experts": _hopper("grouped_gemm", "FP8 stacks; FP4 re-encoded where exact"),
     "expert_ffn": _hopper("grouped_gemm", "two grouped FP8 products"),
     "linear_quant": (
@@ -182,18 +190,27 @@ _FASTER: dict[str, tuple[Implementation, ...]] = {
         *_hopper("sparse_attention", "BF16 tensor cores; bf16 q, d 512, else twin"),
     ),
     "merge_lse": _hopper("merge_lse", "one pass; f64 runs the twin"),
+    "grouped_output": _hopper(
+        "grouped_output", "one launch; bf16 o, d >= 512, 64 rotary, bf16 or FP8 wo_a; else the twin"
+    ),
+    "grouped_output_quant": _hopper(
+        "grouped_output",
+        "as grouped_output, codes in its store where a group is 128-columns blocks",
+    ),
     "swiglu": _triton("swiglu", "one pass; f64 runs the twin"),
     "rms_norm": _triton("rms_norm", "one pass; f64 runs the twin"),
     "apply_rope": _triton("rope", "one pass; f64 runs the twin"),
-    "q_norm_rope": _triton("q_norm_rope", "one pass; f64 runs the twin"),
-    "kv_norm_rope": _triton("kv_norm_rope", "one pass; f64 runs the twin"),
-    "kv_insert": _triton("kv_insert", "one pass into the page; f64 runs the twin"),
+    "q_norm_rope": _rows("q_norm_rope", "one pass; dims 128, 512"),
+    "kv_norm_rope": _rows("kv_norm_rope", "one pass; dims 128, 512"),
+    "kv_insert": _rows("kv_insert", "one pass into the page; dims 128, 512"),
+    "qkv_norm_rope": _hopper("qkv_norm_rope", "one launch; other dims: its ops one by one"),
     "store_entries": _triton("page_cache", "one pass; f64 runs the twin"),
     "load_entries": _triton("page_cache", "one pass; f64 runs the twin"),
     "round_entries": _triton("page_cache", "one pass; f64 runs the twin"),
-    "compress": _triton("compress", "pooling and all after it; two launches for ratio 128"),
-    "compress_insert": _triton("compress_insert", "as compress, into the page"),
-    "index_query": _triton("index_query", "one pass, rotation on the tensor cores"),
+    "compress": _rows("compress", "one launch; dims 128, 512, indexer 64, 128"),
+    "compress_insert": _rows("compress_insert", "as compress, into the page"),
+    "compress_decode": _hopper("compress_decode", "one launch; dims as compress, else the twin"),
+    "index_query": _rows("index_query", "one pass; dims 64, 128"),
     "hc_pre": _hopper("hc", "bf16, 4 streams, D 4096..7168; else Triton; f64 runs the twin"),
     "hc_post": _hopper("hc", "one pass in Triton; f64 runs the twin"),
     "hc_head": _hopper("hc", "as hc_pre"),
@@ -202,6 +219,9 @@ _FASTER: dict[str, tuple[Implementation, ...]] = {
     "moe_permute": _triton("moe_permute", "counting sort on the device, no host sync"),
     "moe_unpermute": _triton("moe_permute", "one pass; f64 runs the twin"),
     "gumbel_noise": _triton("gumbel", "one pass, the twin's bits"),
+    "sample_partial": _hopper("sample_partial", "one pass, noise only where it may win"),
+    "pack_rows": _hopper("row_exchange", "one launch for all streams"),
+    "unpack_rows": _hopper("row_exchange", "one launch for all streams"),
 }
 
 

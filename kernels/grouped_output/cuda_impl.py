@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels import nvcc
 from kernels.grouped_output import reference
-from kernels.linear import product, tuning
+from kernels.linear import product
 from kernels.linear.api import PreparedWeight
 from kernels.linear.device_weight import Fp8Weight
 from kernels.quant_rows.api import BLOCK, QuantRows, empty_quant_rows, quant_rows
@@ -22,11 +22,13 @@ _STEP = 64  # columns of K in a stage; the rotary columns of a head fill one
 _LEAST_HEAD = (
     512  # columns; shorter heads would have more rotated stages in the ring than its slots
 )
-# Index in cuda/grouped_shapes.h of the tile for up to so many rows, a cluster sharing K; then the
-# one whose blocks walk all of K.
-_SPLIT_ROWS = {16: 0, 32: 1, 64: 2, 128: 7}
+# Indices in cuda/grouped_shapes.h by rows. A cluster of eight blocks shares two tiles of 64 columns, one
+# of four a tile of 128; the last tile's blocks walk all of K.
+_EIGHT = {16: 0, 32: 1, 64: 2}
+_FOUR = {16: 4, 32: 5, 64: 6, 128: 7}
 _WHOLE = 8
 TILES = 9
+_EIGHTS = 28  # clusters of eight that an H200 holds at once
 
 
 @functools.cache
@@ -114,7 +116,7 @@ def _start(
     product.start(
         op,
         _library().causeway_grouped_output,
-        choose(tokens, arguments.n, num_groups, o.device.index) if tile is None else tile,
+        choose(tokens, arguments.n, num_groups) if tile is None else tile,
         rows[:, :columns],
         columns,
         weight,
@@ -122,9 +124,13 @@ def _start(
     )
 
 
-def choose(tokens: int, columns: int, groups: int, device: int) -> int:
-    """Index of the tile, by the rows; every choice gives the same bits."""
-    tiles = -(-tokens // 128) * -(-columns // 128) * groups
-    if tiles >= tuning.multiprocessors(device):
+def choose(tokens: int, columns: int, groups: int) -> int:
+    """Index of the tile that was measured to be fastest; every choice gives the same bits."""
+    wide = groups * -(-columns // 128)
+    if -(-tokens // 128) * wide >= (128 if tokens <= 16 else 64):
         return _WHOLE
-    return _SPLIT_ROWS[next((n for n in _SPLIT_ROWS if tokens <= n), 128)]
+    height = next((rows for rows in _EIGHT if tokens <= rows), 128)
+    if height == 128 and -(-tokens // 64) * wide <= 16:
+        height = 64
+    few = height in _EIGHT and -(-tokens // height) * wide <= _EIGHTS
+    return (_EIGHT if few else _FOUR)[height]
