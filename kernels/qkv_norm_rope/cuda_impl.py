@@ -21,7 +21,7 @@ from kernels.page_layout import PageLayout
 from kernels.q_norm_rope import triton_impl as q_norm_rope
 
 _FOLDER = Path(__file__).parent / "cuda"
-ROW_MATH = _FOLDER / "row_math.cuh"
+ROW_MATH, CLUSTER = _FOLDER / "row_math.cuh", _FOLDER / "cluster.cuh"
 _FLOATS = (torch.float32, torch.bfloat16)
 PAIRS = 32  # rotary pairs, one per lane
 LATENT_DIMS, INDEX_DIMS = (128, 512), (64, 128)

@@ -13,7 +13,10 @@ from kernels import nvcc
 from kernels.page_cache.cuda_pages import is_aligned
 from kernels.sample_partial.api import PartialSample
 
-_SOURCE = Path(__file__).parent / "cuda" / "sample.cu"
+_SOURCES = (
+    Path(__file__).parent / "cuda" / "sample.cu",
+    Path(__file__).parents[1] / "qkv_norm_rope" / "cuda" / "cluster.cuh",
+)
 
 
 class _Sample(ctypes.Structure):
@@ -27,7 +30,7 @@ class _Sample(ctypes.Structure):
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = nvcc.load_library(_SOURCE)
+    library = nvcc.load_library(*_SOURCES)
     library.causeway_sample_partial.argtypes = (ctypes.POINTER(_Sample), ctypes.c_void_p)
     return library
 

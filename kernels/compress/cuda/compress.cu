@@ -1,4 +1,6 @@
 // Entries pooled from rows that an index names: the chunk form of the compressor, one launch.
+#include <algorithm>
+
 #include "../../compress_decode/cuda/pooling.cuh"
 
 namespace causeway {
@@ -47,39 +49,86 @@ __global__ void __launch_bounds__(D / 4, D == 512 ? 6 : 16) main4_kernel(const _
 
 constexpr int kIndexWarps = 4;
 
-// A warp per indexer key.
+// A warp per indexer key. Its u wait in shared memory, so that registers allow all warps at once.
 template <int D, class T>
-__global__ void __launch_bounds__(32 * kIndexWarps, 6) index4_kernel(const __grid_constant__ Chunk a) {
+__global__ void __launch_bounds__(32 * kIndexWarps, 8) index4_kernel(const __grid_constant__ Chunk a) {
+  __shared__ float4 waiting[8][32 * kIndexWarps];
   int64_t entry = (int64_t)blockIdx.x * kIndexWarps + threadIdx.x / 32;
   if (entry >= a.entries) return;
   int64_t position = a.positions[entry], slot = slot_of(a, entry);
+  const int64_t* index = a.row_index + entry * a.index_stride;
   int col = threadIdx.x % (D / 4) * 4;
-  IndexedRows<D, 2> rows{a, a.row_index + entry * a.index_stride, col};
-  Quad q[8];
+  float g[8][4];
 #pragma unroll
-  for (int j = 0; j < 8; ++j) q[j] = rows(j, j / 4);
+  for (int j = 0; j < 8; ++j) {
+    int64_t row = index[j];
+    const float* u = a.rows + row * a.row_stride + j / 4 * D + col;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) g[j][c] = kNegInf;
+    if (row >= 0) {
+      copy16_async(smem_address(&waiting[j][threadIdx.x]), u, true);
+      load_values(u + 2 * D, g[j]);
+    } else {
+      waiting[j][threadIdx.x] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+  }
   Ending end;
   end.read(a.finish, col, D);
-  end.turn_at(position);
+  copies_wait_all();  // each thread reads what it copied
   float x[4];
-  pool8(q, x);
+  pool8(
+      g, [&](int j, float (&u)[4]) { load_values((const float*)&waiting[j][threadIdx.x], u); }, x);
+  end.turn_at(position);
   hold<T>(x);
   finish_index<D, T>(x, end, a.finish, slot, entry);
 }
 
+// Rows of 64 channels of entries of 128 rows.
+template <int D>
+struct ChunkSource {
+  const Chunk& a;
+  int col;
+
+  __device__ __forceinline__ void load(int64_t entry, Quad (&q)[8]) const {
+    IndexedRows<D, 1> rows{a, a.row_index + entry * a.index_stride, col};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) q[i] = rows(i * 16 + threadIdx.x / 16, 0);
+  }
+  __device__ int64_t position(int64_t entry) const { return a.positions[entry]; }
+  __device__ int64_t slot(int64_t entry) const { return slot_of(a, entry); }
+};
+
 template <int D, class T>
-__global__ void __launch_bounds__(kPool128Threads, 3) main128_kernel(const __grid_constant__ Chunk a) {
+__global__ void __launch_bounds__(kPool128Threads, 2) main128_kernel(const __grid_constant__ Chunk a) {
   constexpr int kBlocks = D / 64;
-  int64_t entry = blockIdx.x / kBlocks;
-  int rank = blockIdx.x % kBlocks, col = rank * 64 + threadIdx.x % 16 * 4;
-  pool128_entry<D, T>(IndexedRows<D, 1>{a, a.row_index + entry * a.index_stride, col}, rank,
-                      a.positions[entry], a.finish, slot_of(a, entry), entry);
+  int rank = blockIdx.x % kBlocks;
+  ChunkSource<D> source{a, rank * 64 + (int)threadIdx.x % 16 * 4};
+  pool128_entries<D, T>(source, a.finish, rank, blockIdx.x / kBlocks, a.entries,
+                        gridDim.x / kBlocks);
+}
+
+// How many clusters of main128_kernel the machine holds: more of them would wait for the first to end.
+template <int D, class T>
+int clusters_at_once() {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(D / 64);
+  config.blockDim = dim3(kPool128Threads);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {D / 64, 1, 1};
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int count = 0;
+  cudaOccupancyMaxActiveClusters(&count, main128_kernel<D, T>, &config);
+  return std::max(count, 1);
 }
 
 template <int D, class T>
 int main_entries(const Chunk& a, int ratio, cudaStream_t stream) {
   if (ratio == 4) return launch_blocks(main4_kernel<D, T>, a.entries, 1, D / 4, 1, a, stream);
-  return launch_blocks(main128_kernel<D, T>, a.entries * (D / 64), 1, kPool128Threads, D / 64, a,
+  static const int at_once = clusters_at_once<D, T>();
+  int64_t clusters = std::min<int64_t>(a.entries, at_once);
+  return launch_blocks(main128_kernel<D, T>, clusters * (D / 64), 1, kPool128Threads, D / 64, a,
                        stream);
 }
 

@@ -38,7 +38,7 @@ __device__ __forceinline__ int rows_before(const int64_t* seq, int64_t t, int mo
   return min(found, most);
 }
 
-// The rows that end at position `last`, which is row t of the step: `rows(j, series)` of BACK rows.
+// The rows that end at position `last`, which is row t of the step and ends a group.
 template <int D, int SERIES, int BACK>
 struct StepRows {
   const Decode& a;
@@ -46,62 +46,79 @@ struct StepRows {
   int64_t t, last, base;
   int at, before, col;  // at: ring row of `last`
 
-  __device__ Quad operator()(int j, int series) const {
-    constexpr int kRatio = BACK / SERIES;
+  // Row j as it lies in the ring, or raw where this launch writes it. Nothing here waits for a load.
+  __device__ __forceinline__ Quad read(int j, int series) const {
     int back = BACK - 1 - j, row = at - back;
-    bool fresh = back <= before;
-    const float* from = fresh ? a.rows + (t - back) * a.row_stride
-                              : a.state + (base + (row < 0 ? row + a.ring : row)) * a.state_stride;
-    Quad q = load_quad<D, SERIES>(from + part.column, series, col, last >= back);
-    float ape[4] = {};  // a group ends at `last`, so row j has place j % ratio
-    if (fresh) load_values(part.ape + (j % kRatio * SERIES + series) * D + col, ape);
-#pragma unroll
-    for (int c = 0; c < 4; ++c) q.g[c] = __fadd_rn(q.g[c], ape[c]);
-    return q;
+    const float* from = back <= before || last < back
+                            ? a.rows + (t - min(back, before)) * a.row_stride
+                            : a.state + (base + (row < 0 ? row + a.ring : row)) * a.state_stride;
+    return load_quad<D, SERIES>(from + part.column, series, col, true);
   }
+  // Then: ape for raw rows but the last one, and nothing in rows before position 0.
+  __device__ __forceinline__ void complete(Quad& q, int j, int series) const {
+    int back = BACK - 1 - j;
+    if (last < back) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) q.u[c] = 0.0f, q.g[c] = kNegInf;
+    } else if (back > 0 && back <= before) {
+      add_ape(q, part.ape + (j % (BACK / SERIES) * SERIES + series) * D + col);
+    }
+  }
+  __device__ static __forceinline__ void add_ape(Quad& q, const float* ape) {
+    float more[4];
+    load_values(ape, more);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) q.g[c] = __fadd_rn(q.g[c], more[c]);
+  }
+  __device__ __forceinline__ bool plain() const { return before == 0 && last >= BACK - 1; }
 };
 
-// Put four channels of series `series` of a row, g without ape yet, into the ring row at `to`.
 template <int D, int SERIES>
-__device__ __forceinline__ void keep(Quad q, const Part& part, float* to, int place, int series,
-                                     int col) {
-  float ape[4];
-  load_values(part.ape + (place * SERIES + series) * D + col, ape);
-#pragma unroll
-  for (int c = 0; c < 4; ++c) q.g[c] = __fadd_rn(q.g[c], ape[c]);
-  store_values(to + part.column + series * D + col, q.u);
-  store_values(to + part.column + (SERIES + series) * D + col, q.g);
+__device__ __forceinline__ void put_quad(const Quad& q, float* row, int series, int col) {
+  store_values(row + series * D + col, q.u);
+  store_values(row + (SERIES + series) * D + col, q.g);
 }
 
 template <int D, bool INDEX, class T>
 __device__ __forceinline__ void step4(const Decode& a, const Part& part, float* sums) {
+  using Rows = StepRows<D, 2, 8>;
   int64_t t = blockIdx.x, base = a.base[t], last = a.positions[t], slot = part.slots[t];
   int col = threadIdx.x * 4;
   bool holds = col < D;
+  int mine = col % D;
   const float* row = a.rows + t * a.row_stride + part.column;
-  Quad own[2] = {load_quad<D, 2>(row, 0, col, holds), load_quad<D, 2>(row, 1, col, holds)};
+  Quad own[2] = {load_quad<D, 2>(row, 0, mine, true), load_quad<D, 2>(row, 1, mine, true)};
   int before = rows_before(a.seq, t, 7);
   if (base < 0 || (INDEX && threadIdx.x >= 32)) return;
   int at = (int)((uint32_t)last % (uint32_t)a.ring), place = (int)(last & 3);
-  float* to = a.state + (base + at) * a.state_stride;
+  float* to = a.state + (base + at) * a.state_stride + part.column;
+  const float* ape = part.ape + place * 2 * D + mine;
   if (place != 3) {
+    Rows::add_ape(own[0], ape);
+    Rows::add_ape(own[1], ape + D);
     if (holds) {
-      keep<D, 2>(own[0], part, to, place, 0, col);
-      keep<D, 2>(own[1], part, to, place, 1, col);
+      put_quad<D, 2>(own[0], to, 0, mine);
+      put_quad<D, 2>(own[1], to, 1, mine);
     }
     return;
   }
-  int mine = col % D;
-  StepRows<D, 2, 8> rows{a, part, t, last, base, at, before, mine};
+  Rows rows{a, part, t, last, base, at, before, mine};
   Quad q[8];
 #pragma unroll
-  for (int j = 0; j < 8; ++j) q[j] = rows(j, j / 4);
+  for (int j = 0; j < 7; ++j) q[j] = rows.read(j, j / 4);
   Ending end;
   end.read(part.finish, mine, D);
+  Rows::add_ape(own[0], ape);
+  Rows::add_ape(own[1], ape + D);
   end.turn_at(last - 3);
   if (holds) {
-    keep<D, 2>(own[0], part, to, place, 0, col);
-    keep<D, 2>(own[1], part, to, place, 1, col);
+    put_quad<D, 2>(own[0], to, 0, mine);
+    put_quad<D, 2>(own[1], to, 1, mine);
+  }
+  q[7] = own[1];
+  if (!rows.plain()) {
+#pragma unroll
+    for (int j = 0; j < 7; ++j) rows.complete(q[j], j, j / 4);
   }
   float x[4];
   pool8(q, x);
@@ -122,25 +139,49 @@ __global__ void __launch_bounds__(D / 4) step4_kernel(const __grid_constant__ De
   else step4<D, false, T>(a, part, sums);
 }
 
+// Row t's entry for pool128_entries. Threads of the last group of 16 hold row t itself, completed.
+template <int D>
+struct StepSource {
+  StepRows<D, 1, 128> rows;
+  Quad own;
+  int64_t place;  // page slot
+
+  __device__ __forceinline__ void load(int64_t, Quad (&q)[8]) const {
+    int group = threadIdx.x / 16;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) q[i] = rows.read(i * 16 + group, 0);
+    if (!rows.plain()) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) rows.complete(q[i], i * 16 + group, 0);
+    }
+    if (group == 15) q[7] = own;
+  }
+  __device__ int64_t position(int64_t) const { return rows.last - 127; }
+  __device__ int64_t slot(int64_t) const { return place; }
+};
+
 // A cluster of D / 64 blocks per row; a block has 64 channels.
 template <int D, class T>
 __global__ void __launch_bounds__(kPool128Threads) step128_kernel(const __grid_constant__ Decode a) {
+  using Rows = StepRows<D, 1, 128>;
   constexpr int kBlocks = D / 64;
   const Part& part = a.parts[0];
   int64_t t = blockIdx.x / kBlocks;
   int rank = blockIdx.x % kBlocks;
   int64_t base = a.base[t], last = a.positions[t], slot = part.slots[t];
   int col = rank * 64 + threadIdx.x % 16 * 4;
-  // The last warp keeps the row: it has no part in the end of the entry.
-  bool keeps = threadIdx.x >= kPool128Threads - 16;
-  Quad own = load_quad<D, 1>(a.rows + t * a.row_stride + part.column, 0, col, keeps);
+  Quad own = load_quad<D, 1>(a.rows + t * a.row_stride + part.column, 0, col, true);
   int before = rows_before(a.seq, t, 127);
   if (base < 0) return;
   int at = (int)((uint32_t)last % (uint32_t)a.ring), place = (int)(last & 127);
-  if (keeps) keep<D, 1>(own, part, a.state + (base + at) * a.state_stride, place, 0, col);
+  bool keeps = threadIdx.x >= kPool128Threads - 16;
+  if (keeps) {
+    Rows::add_ape(own, part.ape + place * D + col);
+    put_quad<D, 1>(own, a.state + (base + at) * a.state_stride + part.column, 0, col);
+  }
   if (place != 127) return;
-  pool128_entry<D, T>(StepRows<D, 1, 128>{a, part, t, last, base, at, before, col}, rank, last - 127,
-                      part.finish, slot, t);
+  StepSource<D> source{{a, part, t, last, base, at, before, col}, own, slot};
+  pool128_entries<D, T>(source, part.finish, rank, t, t + 1, 1);
 }
 
 template <int D, int DI, class T>

@@ -4,6 +4,7 @@
 // A thread holds four neighbouring channels. Sums of squares run over 64 channels (16 lanes) first, then
 // over the groups of 64 in ascending order, whoever holds them.
 #pragma once
+#include "../../qkv_norm_rope/cuda/cluster.cuh"
 #include "../../qkv_norm_rope/cuda/row_math.cuh"
 
 namespace causeway {
@@ -40,22 +41,45 @@ __device__ __forceinline__ float gate(float g, float top) { return exp2_fast((g 
 __device__ __forceinline__ float finite_top(float top) { return top == kNegInf ? 0.0f : top; }
 
 // Four channels of an entry from eight rows: four of the previous group, four of the own one.
-__device__ __forceinline__ void pool8(const Quad (&q)[8], float (&x)[4]) {
+// `value(j, u)` gives u of row j.
+template <class Value>
+__device__ __forceinline__ void pool8(const float (&g)[8][4], const Value& value, float (&x)[4]) {
+  float top[4], total[4], sum[4];
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
-    float top = q[0].g[c];
+    top[c] = g[0][c];
 #pragma unroll
-    for (int j = 1; j < 8; ++j) top = fmaxf(top, q[j].g[c]);
-    top = finite_top(top);
-    float total = 0.0f, sum = 0.0f;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      float w = gate(q[j].g[c], top);
-      total += w;
-      sum = fmaf(w, q[j].u[c], sum);
-    }
-    x[c] = sum / (total == 0.0f ? 1.0f : total);
+    for (int j = 1; j < 8; ++j) top[c] = fmaxf(top[c], g[j][c]);
+    top[c] = finite_top(top[c]);
+    total[c] = sum[c] = 0.0f;
   }
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    float u[4];
+    value(j, u);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      float w = gate(g[j][c], top[c]);
+      total[c] += w;
+      sum[c] = fmaf(w, u[c], sum[c]);
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < 4; ++c) x[c] = sum[c] / (total[c] == 0.0f ? 1.0f : total[c]);
+}
+__device__ __forceinline__ void pool8(const Quad (&q)[8], float (&x)[4]) {
+  float g[8][4];
+#pragma unroll
+  for (int j = 0; j < 8; ++j)
+#pragma unroll
+    for (int c = 0; c < 4; ++c) g[j][c] = q[j].g[c];
+  pool8(
+      g,
+      [&](int j, float (&u)[4]) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) u[c] = q[j].u[c];
+      },
+      x);
 }
 
 constexpr int kPool128Threads = 256;
@@ -205,7 +229,9 @@ __device__ __forceinline__ void finish_index(float (&x)[4], const Ending& end, c
   Place at = place_of(f.pages, slot);
   unsigned char* start = at.page + (int64_t)at.offset * f.pages.payload;
   if (f.pages.format == kFp8Index) {
-    put_codes(start + col, x, scale_inverse(byte));
+    uint32_t codes[1];
+    encode(x, byte, codes);
+    put_codes(start + col, codes);
     if (lane == 0)
       *reinterpret_cast<float*>(at.page + f.pages.scale_offset +
                                 at.offset * f.pages.scale_bytes) = scale_value(byte);
@@ -231,50 +257,43 @@ __device__ __forceinline__ void finish_main_block(float (&x)[4], const Ending& e
 
 // ---- clusters of D / 64 blocks, each with 64 channels of one entry ------------------------------
 
-__device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void cluster_wait() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void store_remote(float* mine, int rank, float value) {
-  uint32_t address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(smem_address(mine)), "r"(rank));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
-}
-
-// A main entry pooled from 128 rows; this block is number `rank` of its cluster. Every block of the
-// cluster comes here. `rows(j, series)` gives four channels of row j.
-template <int D, class T, class Rows>
-__device__ __forceinline__ void pool128_entry(const Rows& rows, int rank, int64_t position,
-                                              const Finish& f, int64_t slot, int64_t entry) {
+// Main entries pooled from 128 rows: entries first, first + step .. below end, this block being number
+// `rank` of its cluster, and all blocks of the cluster having the same entries. The next entry's rows are
+// read while this one is finished. `source.load(entry, q)` reads rows i * 16 + threadIdx / 16.
+template <int D, class T, class Source>
+__device__ __forceinline__ void pool128_entries(const Source& source, const Finish& f, int rank,
+                                                int64_t first, int64_t end, int64_t step) {
+  constexpr int kBlocks = D / 64;
   __shared__ Pool128Share share;
-  __shared__ float sums[D / 64];
-  cluster_arrive();  // the others' shared memory may be written once they are here
-  int lane = threadIdx.x % 32, group = threadIdx.x / 16;
-  int col = rank * 64 + threadIdx.x % 16 * 4;
+  __shared__ float sums[2][kBlocks];
+  __shared__ uint64_t mail;
+  if (threadIdx.x == 0) mail_open(&mail);
+  cluster_here();
+  int lane = threadIdx.x % 32, col = rank * 64 + threadIdx.x % 16 * 4;
   Quad q[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) q[i] = rows(i * 16 + group, 0);
-  float x[4], part = 0.0f;
-  pool128(q, share, x);
-  Ending end;
-  if (threadIdx.x < 32) {
-    end.read(f, col, D);
+  source.load(first, q);
+  Ending ending;
+  if (threadIdx.x < 32) ending.read(f, col, D);
+  cluster_all_here();  // every mailbox is open
+  uint32_t round = 0;
+  for (int64_t entry = first; entry < end; entry += step, ++round) {
+    float x[4];
+    pool128(q, share, x);
+    if (entry + step < end) source.load(entry + step, q);
+    if (threadIdx.x >= 32) continue;
+    if (lane == 0) mail_expect(&mail, 4 * kBlocks);
     hold<T>(x);
-    part = square_sum(x);
-  }
-  cluster_wait();
-  if (threadIdx.x < D / 64) store_remote(&sums[rank], lane, part);
-  __syncwarp();
-  cluster_arrive();
-  if (threadIdx.x < 32) end.turn_at(position);
-  cluster_wait();
-  if (threadIdx.x >= 32) return;
-  float total = 0.0f;
+    float part = square_sum(x);
+    if (lane < kBlocks) mail_send(&sums[round & 1][rank], &mail, lane, __float_as_uint(part));
+    int64_t slot = source.slot(entry);
+    ending.turn_at(source.position(entry));
+    mail_wait(&mail, round & 1);
+    float total = 0.0f;
 #pragma unroll
-  for (int i = 0; i < D / 64; ++i) total += sums[i];
-  finish_main<T>(x, total, col, D, end, f, slot, entry, lane < 16);
+    for (int i = 0; i < kBlocks; ++i) total += sums[round & 1][i];
+    finish_main<T>(x, total, col, D, ending, f, slot, entry, lane < 16);
+    __syncwarp();
+  }
 }
 
 template <class Kernel, class Args>

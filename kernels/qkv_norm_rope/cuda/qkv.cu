@@ -1,5 +1,7 @@
 // Query heads, KV latents and indexer heads of the same tokens, one launch: a warp per row of a head or
 // latent, eight lanes per row of an indexer head. Blocks of the three kinds lie behind each other.
+#include <algorithm>
+
 #include "row_math.cuh"
 
 namespace causeway {
@@ -91,8 +93,8 @@ __device__ void query_heads(const Args<T>& a, int64_t block, float2* table, int 
   }
 }
 
-template <int D, class T>
-__device__ void latents(const Args<T>& a, int64_t block, float2* table, int warp, int lane) {
+template <int D, int FORMAT, int QUANTIZE, class T>
+__device__ __forceinline__ void latents_as(const Args<T>& a, int64_t block, float2* table, int warp, int lane) {
   using S = Shape<D>;
   // Rows of a warp lie as far apart as the warps that make rows: neighbours read neighbouring rows.
   int64_t step = a.kv_blocks * kWarps, token = block * kWarps + warp;
@@ -102,7 +104,7 @@ __device__ void latents(const Args<T>& a, int64_t block, float2* table, int warp
   if (a.weight_f32) read_row<D>((const float*)a.weight, w, lane);
   else read_row<D>((const __nv_bfloat16*)a.weight, w, lane);
   float freq = a.inv_freq[lane];
-  bool stores = a.pages.format != kNoPages;
+  bool stores = FORMAT < 0 ? a.pages.format != kNoPages : FORMAT != kNoPages;
   int64_t slot = stores ? a.slots[token] : -1, position = a.positions[token];
   for (; token < a.tokens; token += step) {
     int64_t after = min(token + step, a.tokens - 1);
@@ -129,13 +131,22 @@ __device__ void latents(const Args<T>& a, int64_t block, float2* table, int warp
         hold<T>(v[c]);
       }
       int col = (c * 32 + lane) * S::E;
-      finish_latent(v[c], col, D, tail, a.quantize, a.pages, slot);
+      finish_latent<S::E, FORMAT, QUANTIZE>(v[c], col, D, tail, a.quantize, a.pages, slot);
       store_values(a.kv.out + token * D + col, v[c]);
 #pragma unroll
       for (int e = 0; e < S::E; ++e) v[c][e] = next[c][e];
     }
     slot = next_slot, position = next_position;
   }
+}
+
+template <int D, class T>
+__device__ void latents(const Args<T>& a, int64_t block, float2* table, int warp, int lane) {
+  if (a.quantize && a.pages.format == kFp8Latent)
+    return latents_as<D, kFp8Latent, true>(a, block, table, warp, lane);
+  if (a.quantize && a.pages.format == kNoPages)
+    return latents_as<D, kNoPages, true>(a, block, table, warp, lane);
+  latents_as<D, -1, -1>(a, block, table, warp, lane);
 }
 
 // Butterfly over the register bits of N values.
@@ -219,7 +230,7 @@ __device__ void index_heads(const Args<T>& a, int64_t block, float2* table, int 
 }
 
 template <int D, int DI, class T>
-__global__ void __launch_bounds__(32 * kWarps) rows_kernel(const __grid_constant__ Args<T> a) {
+__global__ void __launch_bounds__(32 * kWarps, 7) rows_kernel(const __grid_constant__ Args<T> a) {
   __shared__ float2 tables[kWarps][kPairs];
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int64_t block = blockIdx.x;
@@ -243,8 +254,7 @@ int launch(Args<T> a, cudaStream_t stream) {
   int fours = (a.index.heads + 3) / 4;
   a.index_rounds = rounds_of(a.tokens, fours, 4);
   a.index_groups = (fours + kWarps * a.index_rounds - 1) / (kWarps * a.index_rounds);
-  int64_t kv_rows = rounds_of(a.tokens, 1, 4) * kWarps;
-  a.kv_blocks = a.kv.in ? (a.tokens + kv_rows - 1) / kv_rows : 0;
+  a.kv_blocks = a.kv.in ? std::min<int64_t>((a.tokens + kWarps - 1) / kWarps, 132 * 7) : 0;
   a.index_blocks = a.tokens * a.index_groups;
   int64_t blocks = a.kv_blocks + a.index_blocks + a.tokens * a.q_groups;
   if (blocks == 0) return 0;

@@ -217,59 +217,71 @@ __device__ __forceinline__ void put_plain(unsigned char* start, int col, const f
     for (int i = 0; i < N; ++i) to[i] = v[i];
   }
 }
+// e4m3 codes of N values under a scale byte, and the values of codes.
 template <int N>
-__device__ __forceinline__ void put_codes(unsigned char* to, const float (&v)[N], float factor) {
+__device__ __forceinline__ void encode(const float (&v)[N], int byte, uint32_t (&codes)[N / 4]) {
+  float factor = scale_inverse(byte);
 #pragma unroll
   for (int i = 0; i < N; i += 4) {
     float scaled[4] = {v[i] * factor, v[i + 1] * factor, v[i + 2] * factor, v[i + 3] * factor};
-    *reinterpret_cast<uint32_t*>(to + i) = e4m3x4(scaled);
+    codes[i / 4] = e4m3x4(scaled);
   }
+}
+template <int N>
+__device__ __forceinline__ void decode(const uint32_t (&codes)[N / 4], int byte, float (&v)[N]) {
+  float factor = scale_value(byte);
+#pragma unroll
+  for (int i = 0; i < N; i += 2) {
+    __half2_raw raw = __nv_cvt_fp8x2_to_halfraw2((codes[i / 4] >> (i % 4 * 8)) & 0xffffu, __NV_E4M3);
+    float2 pair = __half22float2(__half2(raw));
+    v[i] = pair.x * factor, v[i + 1] = pair.y * factor;
+  }
+}
+template <int N>
+__device__ __forceinline__ void put_codes(unsigned char* to, const uint32_t (&codes)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) reinterpret_cast<uint32_t*>(to)[i] = codes[i];
 }
 
 // The end of a latent, for N columns of one FP8 block held by LANES = 64 / N neighbouring lanes: official
 // rounding, the write to pages, and the values that are read back. `tail`: the block is the rotary one.
-// All lanes of the warp call this; `slot` < 0 stores nothing.
-template <int N>
+// All lanes of the warp call this; `slot` < 0 stores nothing. FORMAT and QUANTIZE >= 0 fix what `pages`
+// and `quantize` say, for speed.
+template <int N, int FORMAT = -1, int QUANTIZE = -1>
 __device__ __forceinline__ void finish_latent(float (&v)[N], int col, int dim, bool tail,
                                               bool quantize, const Pages& pages, int64_t slot) {
   constexpr int kLanes = kQuantBlock / N;
-  bool narrow = pages.format == kFp8Latent;
+  const int format = FORMAT < 0 ? pages.format : FORMAT;
+  const bool rounds = QUANTIZE < 0 ? quantize : QUANTIZE, narrow = format == kFp8Latent;
+  uint32_t codes[N / 4];
   int byte = 0;
-  if (quantize || narrow) {
+  if (rounds || narrow) {
     int peak = max_lanes<kLanes>(largest_bits(v));
     byte = fp8_byte(peak);
-    if (quantize) {
-      if (!tail) {
-#pragma unroll
-        for (int i = 0; i < N; ++i) v[i] = on_fp8_grid(v[i], byte);
-      }
-      // Rounding keeps order, so the largest value became the largest of the rounded ones.
-      byte = fp8_byte(__float_as_int(on_fp8_grid(__int_as_float(peak), byte)));
+    encode(v, byte, codes);
+    if (!tail) decode(codes, byte, v);
+    if (rounds && narrow) {
+      // Storing rounded values: the largest one, rounded, may need a smaller scale.
+      int stored = fp8_byte(__float_as_int(on_fp8_grid(__int_as_float(peak), byte)));
+      if (stored != byte && !tail) encode(v, byte = stored, codes);
     }
   }
+  if (format == kNoPages) return;
   Place at = place_of(pages, max(slot, (int64_t)0));
   unsigned char* start = at.page + (int64_t)at.offset * pages.payload;
-  if (narrow && !tail) {
-    if (slot >= 0) {
-      put_codes(start + col, v, scale_inverse(byte));
+  bool half = narrow || format == kBf16Rows;
+  if (slot >= 0) {
+    if (narrow && !tail) {
+      put_codes(start + col, codes);
       if (col % kQuantBlock == 0)
         at.page[pages.scale_offset + at.offset * pages.scale_bytes + col / kQuantBlock] = byte;
-    }
-    if (!quantize) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) v[i] = on_fp8_grid(v[i], byte);
-    }
-  } else if (pages.format != kNoPages) {
-    bool half = narrow || pages.format == kBf16Rows;
-    int nope = dim - kRope;
-    if (slot >= 0) {
-      if (narrow) put_plain(start + nope, col - nope, v, true);
-      else put_plain(start, col, v, half);
-    }
-    if (half) {
-      hold<__nv_bfloat16>(v);
+    } else if (narrow) {
+      put_plain(start + dim - kRope, col - (dim - kRope), v, true);
+    } else {
+      put_plain(start, col, v, half);
     }
   }
+  if (half && (tail || !narrow)) hold<__nv_bfloat16>(v);
 }
 
 }  // namespace causeway

@@ -3,7 +3,7 @@
 // Scores are first estimated in float32, within a known error, and most columns not even that: an upper
 // bound of the noise shows that they are worse than one of the block's first columns. Only the columns
 // that may be the best one get the exact score (float64 logarithms): about one per row.
-#include "hopper.cuh"
+#include "../../qkv_norm_rope/cuda/cluster.cuh"
 
 namespace causeway {
 
@@ -62,16 +62,6 @@ __device__ __forceinline__ Best better(Best a, Best b) {
   return b.score > a.score || (b.score == a.score && b.column < a.column) ? b : a;
 }
 
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
-}
-__device__ __forceinline__ void store_remote(const void* mine, int rank, uint32_t value) {
-  uint32_t address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(smem_address(mine)), "r"(rank));
-  asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
-}
-
 // Four columns of a row from `column` on; -inf beyond the last.
 __device__ __forceinline__ float4 read_four(const float* row, int column, int columns, bool wide) {
   if (wide && column + 4 <= columns) return *reinterpret_cast<const float4*>(row + column);
@@ -87,9 +77,10 @@ struct Row {
   int64_t offset;
   bool greedy;
 
-  __device__ uint64_t hash(int column) const {
-    return mix(key + (uint64_t)(offset + column + 1) * kWeyl);
+  __device__ uint64_t counter(int column) const {
+    return key + (uint64_t)(offset + column + 1) * kWeyl;
   }
+  __device__ uint64_t hash(int column) const { return mix(counter(column)); }
   __device__ float estimate(float logit, uint64_t hash) const {
     return fmaf(logit - peak, inverse, noise_estimate(hash));
   }
@@ -126,7 +117,14 @@ __device__ __forceinline__ float max_warp(float x) {
 __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant__ Sample a) {
   __shared__ float tops[kBlocks], sums[kBlocks], scores[kBlocks], warp_top[kWarps], warp_sum[kWarps];
   __shared__ int columns[kBlocks], warp_column[kWarps];
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  __shared__ uint64_t estimates_mail, scores_mail;
+  if (threadIdx.x == 0) {
+    mail_open(&estimates_mail);
+    mail_open(&scores_mail);
+    mail_expect(&estimates_mail, 8 * kBlocks);
+    mail_expect(&scores_mail, 8 * kBlocks);
+  }
+  cluster_here();
   int row = blockIdx.x / kBlocks, rank = blockIdx.x % kBlocks;
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const float* logits = a.logits + row * a.stride;
@@ -141,6 +139,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant_
 
   Top tops_here;
   float sum = 0.0f, least = kNegInf;
+  uint64_t counter = r.counter(first);
   const int start = rank * kThreads * 4;  // the same for the block: its threads meet in the loop
   for (int at = start; at < a.columns; at += kStride) {
     int column = at + threadIdx.x * 4;
@@ -155,10 +154,11 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant_
     } else {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        uint64_t hash = r.hash(column + c);
+        uint64_t hash = mix(counter + c * kWeyl);
         if (!(fmaf(v[c] - r.peak, r.inverse, noise_bound(hash)) < least) && column + c < a.columns)
           tops_here.add(r.estimate(v[c], hash), column + c);
       }
+      counter += kStride * kWeyl;
       if (at == start) {
         float top = max_warp(tops_here.best.score);
         if (lane == 0) warp_top[warp] = top;
@@ -178,15 +178,14 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant_
   for (int step = 16; step; step >>= 1) sum += __shfl_xor_sync(kAll, sum, step);
   if (lane == 0) warp_top[warp] = top, warp_sum[warp] = sum;
   __syncthreads();
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  cluster_all_here();  // every mailbox is open
   if (threadIdx.x < kBlocks) {
     top = warp_top[0], sum = warp_sum[0];
     for (int w = 1; w < kWarps; ++w) top = fmaxf(top, warp_top[w]), sum += warp_sum[w];
-    store_remote(&tops[rank], lane, __float_as_uint(top));
-    store_remote(&sums[rank], lane, __float_as_uint(sum));
+    mail_send(&tops[rank], &estimates_mail, lane, __float_as_uint(top));
+    mail_send(&sums[rank], &estimates_mail, lane, __float_as_uint(sum));
   }
-  __syncwarp();
-  cluster_sync();
+  mail_wait(&estimates_mail, 0);
   top = tops[0];
   for (int b = 1; b < kBlocks; ++b) top = fmaxf(top, tops[b]);
 
@@ -207,14 +206,14 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant_
                            __shfl_xor_sync(kAll, exact.column, step)});
   if (lane == 0) warp_top[warp] = exact.score, warp_column[warp] = exact.column;
   __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int w = 1; w < kWarps; ++w) exact = better(exact, {warp_top[w], warp_column[w]});
-    store_remote(&scores[rank], 0, __float_as_uint(exact.score));
-    store_remote(&columns[rank], 0, (uint32_t)exact.column);
+  if (threadIdx.x < kBlocks) {
+    for (int w = 0; w < kWarps; ++w) exact = better(exact, {warp_top[w], warp_column[w]});
+    mail_send(&scores[rank], &scores_mail, lane, __float_as_uint(exact.score));
+    mail_send(&columns[rank], &scores_mail, lane, (uint32_t)exact.column);
   }
-  __syncwarp();
-  cluster_sync();
-  if (rank == 0 && threadIdx.x == 0) {
+  if (threadIdx.x == 0) {
+    mail_wait(&scores_mail, 0);  // in every block: none may go while mail for it is under way
+    if (rank) return;
     exact = {scores[0], columns[0]}, sum = sums[0];
     for (int b = 1; b < kBlocks; ++b) {
       exact = better(exact, {scores[b], columns[b]});
