@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from cluster.retrieval import RetrievalBuilder, RetrievalWords, program_text
+from model.deepseek_v4.projection import Activations
 from tests.helpers.pairwise import pairwise
 from tests.helpers.parity_runs import shape_path
 from tests.helpers.step_driver import Driver, Part, Row, Setup, rows_of, stream
@@ -172,12 +173,13 @@ def test_shared_expert_is_clamped_sglang_23752() -> None:
     assert net is not None
     ffn = net.blocks[1].ffn
     x = torch.randn(5, 128) * 60
-    gate, up = x @ ffn.w1.matrix.t(), x @ ffn.w3.matrix.t()
+    gate, up = ffn.w1_w3.split(x @ ffn.w1_w3.weight.matrix.t())
     limit = net.config.swiglu_limit
     assert (gate > limit).any()
     assert (up.abs() > limit).any()
     hidden = torch.nn.functional.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
-    torch.testing.assert_close(ffn._shared(x), hidden @ ffn.w2.matrix.t(), rtol=1e-4, atol=1e-3)
+    found = ffn._shared(Activations(x, None))
+    torch.testing.assert_close(found, hidden @ ffn.w2.matrix.t(), rtol=1e-4, atol=1e-3)
 
 
 def test_rope_bases_by_layer_mlx_lm_1189() -> None:
