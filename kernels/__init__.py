@@ -91,6 +91,7 @@ if TYPE_CHECKING:  # the same exports, for type checkers and editors
     from kernels.quant_gemm.api import (
         expert_ffn_quant as expert_ffn_quant,
         linear_quant as linear_quant,
+        linear_swiglu_quant as linear_swiglu_quant,
     )
     from kernels.quant_rows.api import (
         QuantRows as QuantRows,
@@ -152,6 +153,7 @@ _EXPORTS: dict[str, str] = {
     "rms_norm_quant": "kernels.quant_rows.api",
     "swiglu_quant": "kernels.quant_rows.api",
     "linear_quant": "kernels.quant_gemm.api",
+    "linear_swiglu_quant": "kernels.quant_gemm.api",
     "expert_ffn_quant": "kernels.quant_gemm.api",
     "swiglu": "kernels.swiglu.api",
     "rms_norm": "kernels.rms_norm.api",

@@ -7,12 +7,20 @@ from torch import Tensor
 
 from kernels.grouped_gemm.api import PreparedExperts, expert_ffn
 from kernels.linear.api import PreparedWeight, linear
-from kernels.quant_rows.api import QuantRows
+from kernels.quant_rows.api import QuantRows, swiglu_quant
 
 
 def linear_quant(rows: QuantRows, w: PreparedWeight, *, out_dtype: torch.dtype) -> Tensor:
     """See ``kernels.quant_gemm.api.linear_quant``."""
     return linear(rows.values(), w, quantize=False, out_dtype=out_dtype)
+
+
+def linear_swiglu_quant(
+    rows: QuantRows, w: PreparedWeight, *, limit: float, hidden_dtype: torch.dtype
+) -> QuantRows:
+    """See ``kernels.quant_gemm.api.linear_swiglu_quant``."""
+    gate, up = linear_quant(rows, w, out_dtype=hidden_dtype).chunk(2, dim=1)
+    return swiglu_quant(gate, up, limit=limit)
 
 
 def expert_ffn_quant(

@@ -34,8 +34,11 @@ TILES = (
     Tile(8, 128, 32, 0.230),
     Tile(9, 128, 64, 0.280),
     Tile(10, 128, 128, 0.373),
+    Tile(11, 128, 256, 0.700),
 )
-_GROUPED = {16: TILES[3], 64: TILES[7], 128: TILES[10]}
+GATED = {16: Tile(12, 16, 128, 0.5), 64: Tile(13, 64, 128, 0.5), 128: Tile(14, 128, 128, 0.64)}
+_GROUPED = {16: TILES[2], 64: TILES[7], 128: TILES[11]}
+_FEW_ROWS = 64  # of all experts together
 
 
 def choose(rows: int, columns: int, multiprocessors: int) -> Tile:
@@ -54,3 +57,16 @@ def choose_grouped(rows: int, groups: int) -> Tile:
     """The tile for many weights, by the mean number of rows of one."""
     mean = rows / groups
     return _GROUPED[16 if mean <= 16 else 64 if mean <= 48 else 128]
+
+
+def choose_gated(rows: int, groups: int) -> Tile | None:
+    """The gated tile for many weights; None where narrower tiles and a SwiGLU of its own are faster."""
+    if rows <= _FEW_ROWS:
+        return None
+    mean = rows / groups
+    return GATED[16 if mean <= 16 else 64 if mean <= 48 else 128]
+
+
+def gated_fills(rows: int, columns: int, multiprocessors: int) -> bool:
+    """Whether the gated tiles of one weight occupy most of the machine."""
+    return 4 * -(-rows // 128) * -(-columns // 128) >= 3 * multiprocessors

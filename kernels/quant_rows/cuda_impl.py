@@ -14,7 +14,7 @@ from kernels.quant_rows.api import QuantRows, empty_quant_rows
 from kernels.rms_norm.api import rms_norm
 
 _FOLDER = Path(__file__).parent / "cuda"
-_SOURCES = (_FOLDER / "quant_rows.cu", _FOLDER / "codes.cuh")
+_SOURCES = (_FOLDER / "quant_rows.cu", _FOLDER / "codes.cuh", _FOLDER / "swiglu.cuh")
 _NORM_COLUMNS = 8192  # a row of more columns does not fit a thread block's registers
 
 
@@ -93,6 +93,8 @@ def swiglu_quant(
 def rms_norm_quant(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, QuantRows]:
     """See ``kernels.quant_rows.api.rms_norm_quant``."""
     factors = weight.contiguous()
+    if x.shape[1] % 8 == 0 and not _wide(x):
+        x = x.clone(memory_format=torch.contiguous_format)  # one order of summation for all strides
     if x.shape[1] > _NORM_COLUMNS or not _wide(x) or factors.data_ptr() % 16:
         normed = rms_norm(x, weight, eps)
         return normed, quant_rows(normed)

@@ -8,14 +8,17 @@ import torch
 from kernels import (
     BlockWeight,
     KernelContractError,
+    QuantRows,
     expert_ffn,
     expert_ffn_quant,
     linear,
     linear_quant,
+    linear_swiglu_quant,
     prepare_experts,
     prepare_weight,
     quant_fp8_weight,
     quant_rows,
+    swiglu_quant,
 )
 from tests.helpers.strided import microseconds
 
@@ -40,6 +43,35 @@ def test_products_of_quantised_rows(dtype: torch.dtype) -> None:
     assert torch.equal(again, want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gate_and_up_in_one_weight(dtype: torch.dtype) -> None:
+    w = prepare_weight(BlockWeight(*quant_fp8_weight(torch.randn(320, 256) * 0.3)))
+    rows = quant_rows(torch.randn(6, 256))
+    got = linear_swiglu_quant(rows, w, limit=2.0, hidden_dtype=dtype)
+    gate, up = (
+        linear_quant(rows, half, out_dtype=dtype) for half in (w.rows(0, 160), w.rows(160, 320))
+    )
+    want = swiglu_quant(gate, up, limit=2.0)
+    assert got.shape == (6, 160)
+    assert torch.equal(got.values(), want.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_behind_the_last_expert_belong_to_nobody(dtype: torch.dtype) -> None:
+    def weights(n: int, k: int) -> list[BlockWeight]:
+        return [BlockWeight(*quant_fp8_weight(torch.randn(n, k) * 0.2)) for _ in range(2)]
+
+    experts = prepare_experts(weights(128, 96), weights(128, 96), weights(96, 128))
+    rows, offsets, factors = quant_rows(torch.randn(9, 96)), torch.tensor([0, 2, 5]), torch.rand(9)
+    rows.q.view(torch.uint8)[5:] = 0x7F
+    rows.scale[5:] = 0xFF
+    mine = QuantRows(q=rows.q[:5], scale=rows.scale[:5])
+    want = expert_ffn_quant(mine, offsets, factors[:5], experts, limit=7.0, out_dtype=dtype)
+    factors[5:] = float("nan")
+    got = expert_ffn_quant(rows, offsets, factors, experts, limit=7.0, out_dtype=dtype)
+    assert torch.equal(got[:5], want)
+
+
 def test_contract_errors() -> None:
     w = prepare_weight(BlockWeight(*quant_fp8_weight(torch.randn(128, 256))))
     plain = prepare_weight(BlockWeight(torch.randn(128, 256)))
@@ -48,6 +80,12 @@ def test_contract_errors() -> None:
         linear_quant(rows, plain, out_dtype=torch.float32)
     with pytest.raises(KernelContractError, match=r"expected 128 columns at offset 0.*got 256"):
         linear_quant(rows, w.cols(0, 128), out_dtype=torch.float32)
+    with pytest.raises(KernelContractError, match=r"linear_swiglu_quant: w: .*even.*got 127"):
+        linear_swiglu_quant(rows, w.rows(0, 127), limit=1.0, hidden_dtype=torch.float32)
+    with pytest.raises(KernelContractError, match="linear_swiglu_quant: limit"):
+        linear_swiglu_quant(rows, w, limit=0.0, hidden_dtype=torch.float32)
+    with pytest.raises(KernelContractError, match="linear_swiglu_quant: out_dtype"):
+        linear_swiglu_quant(rows, w, limit=1.0, hidden_dtype=torch.float16)
     with pytest.raises(KernelContractError, match="out_dtype"):
         linear_quant(rows, w, out_dtype=torch.float16)
     experts = prepare_experts(*[[BlockWeight(*quant_fp8_weight(torch.randn(128, 128)))]] * 3)

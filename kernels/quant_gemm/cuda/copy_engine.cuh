@@ -43,6 +43,19 @@ __device__ __forceinline__ void store_matrices(
       : "memory");
 }
 
+// Shared to global memory by the copy engine. Ordinary writes to the source need `fence_async_proxy` before; it
+// may be written again after `bulk_wait_read`, by the thread that stored.
+__device__ __forceinline__ void store_2d(const CUtensorMap* map, uint32_t source, int column, int row) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+               "r"(source), "r"(column), "r"(row)
+               : "memory");
+}
+__device__ __forceinline__ void bulk_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+__device__ __forceinline__ void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
 // Programmatic dependent launch: a kernel may start while the one before it still runs. What the one
 // before wrote may be read, and anything it reads may be written, only after `wait_for_previous`.
 __device__ __forceinline__ void wait_for_previous() {

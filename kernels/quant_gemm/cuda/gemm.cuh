@@ -18,6 +18,7 @@
 
 #include "copy_engine.cuh"
 #include "hopper.cuh"
+#include "product.cuh"
 #include "store.cuh"
 #include "tiles.cuh"
 #include "wgmma.cuh"
@@ -25,89 +26,85 @@
 
 namespace causeway {
 
-template <int kParts>
-__device__ __forceinline__ void promote(
-    float (&sum)[kParts], const float (&part)[kParts], const float (&s)[2]) {
-#pragma unroll
-  for (int i = 0; i < kParts; i += 4) {
-    sum[i] = fmaf(part[i], s[0], sum[i]);
-    sum[i + 1] = fmaf(part[i + 1], s[0], sum[i + 1]);
-    sum[i + 2] = fmaf(part[i + 2], s[1], sum[i + 2]);
-    sum[i + 3] = fmaf(part[i + 3], s[1], sum[i + 3]);
-  }
-}
-
-template <class S>
-__device__ __forceinline__ void multiply(float (&part)[S::kParts], uint32_t a, uint32_t b) {
-  fence_regs(part);
-  wgmma_fence();
-  const uint32_t left = operand(a), right = operand(b);
-#pragma unroll
-  for (int k = 0; k < kBlockK / 32; ++k) {
-    WgmmaE4m3<S::kColumns>::run(part, left + k * 2, right + k * 2, k != 0);
-  }
-  wgmma_commit();
-}
-
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(
-    const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
-    const __grid_constant__ GemmArguments args) {
+    const __grid_constant__ Maps maps, const __grid_constant__ GemmArguments args) {
   constexpr int kParts = S::kParts;
   extern __shared__ __align__(1024) uint8_t shared[];  // the swizzle asks for 1024
   const uint32_t stages = smem_address(shared);
   const uint32_t full = stages + S::kBarrierOffset, empty = full + S::kStages * 8;
   const int warp = __shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  TileQueue<S::kStages> queue(shared + S::kBarrierOffset);
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kStages; ++i) {
       mbar_init(full + i * 8, 1);
       mbar_init(empty + i * 8, S::kWarps);
     }
+    mbar_init(queue.opened(), 1);
     mbar_fence_init();
   }
   __syncthreads();
 
-  Schedule<S> schedule(args);
-  Tile tile = {};
   Slot<S::kStages> slot;
   if (warp >= S::kWarps) {
     if constexpr (S::kTrades) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (warp == S::kWarps && lane == 0) {  // the weight's producer
-      prefetch_map(&b_map);
+    if (warp == S::kWarps) {  // the weight's producer
+      if (lane == 0) prefetch_map(&maps.b);
       // A weight does not come from the previous kernel: the ring may fill already. The tiles of
       // groups are known only after it.
       if (args.offsets != nullptr) wait_for_previous();
-      while (schedule.advance(tile)) {
-        for (int kb = 0; kb < args.k_blocks; ++kb, slot.next()) {
-          const uint32_t barrier = full + slot.stage * 8;
-          mbar_wait(empty + slot.stage * 8, slot.parity ^ 1);
-          mbar_expect(barrier, S::kStageBytes);  // the rows' bytes too
-          load_3d(&b_map, stages + slot.stage * S::kStageBytes + S::kABytes, barrier,
-                  kb * kBlockK - args.col_offset, tile.column, tile.group);
+      Schedule<S> schedule(args);
+      Tile tile = schedule.advance();
+      if (lane == 0) queue.put_first(tile);
+      auto load = [&](int kb) {
+        mbar_wait(empty + slot.stage * 8, slot.parity ^ 1);
+        load_3d(&maps.b, stages + slot.stage * S::kStageBytes + S::kABytes, full + slot.stage * 8,
+                kb * kBlockK - args.col_offset, tile.column, tile.group);
+      };
+      while (tile.row_end >= 0) {
+        if (lane == 0) {
+          for (int kb = 0; kb + 1 < args.k_blocks; ++kb, slot.next()) {
+            load(kb);
+            mbar_expect(full + slot.stage * 8, S::kStageBytes);  // the rows' bytes too
+          }
+          load(args.k_blocks - 1);
         }
+        __syncwarp();
+        const Tile next = schedule.advance();
+        if (lane == 0) {
+          queue.put_next(next);
+          mbar_expect(full + slot.stage * 8, S::kStageBytes);
+          slot.next();
+        }
+        __syncwarp();
+        tile = next;
       }
-    } else if (warp == S::kWarps + 1 && lane == 0) {  // the rows' producer
-      prefetch_map(&a_map);
+    } else if (warp == S::kWarps + 1) {  // the rows' producer
+      if (lane == 0) prefetch_map(&maps.a);
+      // The tiles of one weight are known before the previous kernel ends.
+      if (args.offsets != nullptr) wait_for_previous();
+      Schedule<S> schedule(args);
+      Tile tile = schedule.advance();
       wait_for_previous();
       let_next_start();
-      while (schedule.advance(tile)) {
-        for (int kb = 0; kb < args.k_blocks; ++kb, slot.next()) {
-          const uint32_t a = stages + slot.stage * S::kStageBytes;
-          const uint32_t barrier = full + slot.stage * 8;
-          const int column = kb * kBlockK - args.col_offset;
-          mbar_wait(empty + slot.stage * 8, slot.parity ^ 1);
-          load_2d(&a_map, a, barrier, column, tile.row);
+      for (; tile.row_end >= 0; tile = schedule.advance()) {
+        if (lane == 0) {
+          for (int kb = 0; kb < args.k_blocks; ++kb, slot.next()) {
+            const uint32_t a = stages + slot.stage * S::kStageBytes;
+            mbar_wait(empty + slot.stage * 8, slot.parity ^ 1);
+            load_2d(&maps.a, a, full + slot.stage * 8, kb * kBlockK - args.col_offset, tile.row);
+          }
         }
+        __syncwarp();
       }
     }
-    __syncwarp();
   } else {
     if constexpr (S::kTrades) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const int group_offset = (warp / 4) * 64 * kBlockK;
     const int first_row = warp * 16, row_in_tile = first_row + lane / 4;
     const bool active = warp < S::kActiveWarps;
-    uint8_t* staging = shared + S::kStages * S::kStageBytes + warp * 16 * S::kStagingRow;
+    uint8_t* staging = shared + S::kStages * S::kStageBytes + warp * S::kStagingWarp;
     wait_for_previous();
 
     // The product of block kb runs while the one of kb - 1 is scaled and added; the first product of
@@ -118,7 +115,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(
     auto start = [&](float(&into)[kParts]) {
       const uint32_t a = stages + slot.stage * S::kStageBytes;
       mbar_wait(full + slot.stage * 8, slot.parity);
-      multiply<S>(into, a + group_offset, a + S::kABytes);
+      multiply<S::kColumns>(into, a + group_offset, a + S::kABytes);
     };
     auto step = [&]() {
       previous = empty + slot.stage * 8;
@@ -129,7 +126,8 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(
       if (lane == 0) mbar_arrive(previous);
       if (active) promote(sum, from, s);
     };
-    bool more = schedule.advance(tile);
+    Tile tile = queue.take_first();
+    bool more = tile.row_end >= 0;
     if (more) {
       scales.open(tile, row_in_tile);
       start(part[0]);
@@ -159,7 +157,8 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(
         finish(part[0]);
         step();
         scales.take(kb + 1, s);
-        more = schedule.advance(tile);
+        tile = queue.take_next();
+        more = tile.row_end >= 0;
         if (more) {
           scales.open(tile, row_in_tile);
           start(part[0]);
@@ -173,7 +172,8 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(
         wgmma_wait<0>();
         scales.take(kb, s);
         finish(part[0]);
-        more = schedule.advance(tile);
+        tile = queue.take_next();
+        more = tile.row_end >= 0;
         if (more) {
           scales.open(tile, row_in_tile);
           start(part[0]);
@@ -184,30 +184,20 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(
         if (args.out_is_float) {
           store_float(args, done, sum, row_in_tile, lane);
         } else {
-          store_bfloat16<S>(args, done, sum, staging, first_row, lane);
+          store_bfloat16<S>(args, maps.out, done, sum, staging, first_row, lane);
         }
       }
+    }
+    if constexpr (S::kTensorStore) {
+      if (lane == 0) bulk_wait_read();
     }
   }
 }
 
 template <class S>
-int launch_gemm(const CUtensorMap& a_map, const CUtensorMap& b_map, const GemmArguments& args,
-                int grid, cudaStream_t stream) {
-  static const cudaError_t configured = cudaFuncSetAttribute(
-      gemm_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
-  if (configured != cudaSuccess) return configured;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(grid);
-  config.blockDim = dim3(S::kThreads);
-  config.dynamicSmemBytes = S::kSharedBytes;
-  config.stream = stream;
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &early;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, gemm_kernel<S>, a_map, b_map, args);
+int launch_gemm(const Maps& maps, const GemmArguments& args, const GateArguments&, int grid,
+                cudaStream_t stream) {
+  return launch<S>(gemm_kernel<S>, grid, stream, maps, args);
 }
 
 }  // namespace causeway

@@ -25,9 +25,27 @@ struct GemmArguments {
   int row_offset;            // rows of the first scale block that lie before the weight
   int col_offset;            // likewise for columns
   int out_is_float;
+  int out_is_mapped;         // the tensor map of the output is made
+};
+
+// What a product with SwiGLU in its store is told besides. Of GemmArguments `out` is unused there, `n` is the
+// hidden columns, the output that a map is made of is `q`, and the weight has the gate's rows from 0 and the up's from `up_row` on.
+struct GateArguments {
+  uint8_t* q;                // [rows, n] e4m3; address and stride are multiples of 16
+  int64_t q_stride;          // bytes
+  uint8_t* scale;            // [rows, n / 128], E8M0
+  int64_t scale_stride;      // bytes
+  const float* row_weight;   // [rows] or null
+  float limit;
+  int up_row;                // a multiple of 128
+};
+
+// Tensor maps of the rows, the weight, and the output.
+struct Maps {
+  CUtensorMap a, b, out;
 };
 
 // Starts one tile shape on `grid` blocks; returns a cudaError_t.
-using GemmLauncher = int (*)(const CUtensorMap&, const CUtensorMap&, const GemmArguments&, int, cudaStream_t);
+using GemmLauncher = int (*)(const Maps&, const GemmArguments&, const GateArguments&, int, cudaStream_t);
 
 }  // namespace causeway

@@ -4,17 +4,17 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstdint>
 
 #include "gemm.h"
 #include "gemm_shapes.h"
 
 namespace causeway {
 
-#define DECLARE(index, rows, warpgroups, columns, stages) \
-  int CAUSEWAY_SHAPE_NAME(index)(                                  \
-      const CUtensorMap&, const CUtensorMap&, const GemmArguments&, int, cudaStream_t);
+#define DECLARE(index, ...) CAUSEWAY_SHAPE_SIGNATURE(index);
 SHAPES_SMALL(DECLARE)
 SHAPES_LARGE(DECLARE)
+SHAPES_WIDE(DECLARE)
 
 }  // namespace causeway
 
@@ -24,12 +24,15 @@ using namespace causeway;
 
 struct TileShape {
   int rows, columns;
+  int box_rows, box_columns;  // that one copy brings
   GemmLauncher launch;
 };
 
 #define ENTRY(index, rows, warpgroups, columns, stages) \
-  {rows, columns, CAUSEWAY_SHAPE_NAME(index)},
-const TileShape kTiles[] = {SHAPES_SMALL(ENTRY) SHAPES_LARGE(ENTRY)};
+  {rows, columns, rows, columns, CAUSEWAY_SHAPE_NAME(index)},
+#define WIDE_ENTRY(index, rows, warpgroups, stages, gated) \
+  {rows, gated ? 128 : 256, rows < 64 ? rows : 64, 128, CAUSEWAY_SHAPE_NAME(index)},
+const TileShape kTiles[] = {SHAPES_SMALL(ENTRY) SHAPES_LARGE(ENTRY) SHAPES_WIDE(WIDE_ENTRY)};
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
@@ -46,39 +49,57 @@ Encode find_encode() {
 constexpr int kBlock = 128;
 constexpr int kMapError = 10000;  // + the driver's CUresult
 
-int encode(CUtensorMap& map, const void* data, int rank, const cuuint64_t* sizes,
+int encode(CUtensorMap& map, CUtensorMapDataType type, const void* data, int rank, const cuuint64_t* sizes,
            const cuuint64_t* strides, const cuuint32_t* box) {
   static const Encode function = find_encode();
   if (function == nullptr) return kMapError;
   const cuuint32_t steps[3] = {1, 1, 1};
   const CUresult result = function(
-      &map, CU_TENSOR_MAP_DATA_TYPE_UINT8, rank, const_cast<void*>(data), sizes, strides, box, steps,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      &map, type, rank, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? 0 : kMapError + static_cast<int>(result);
+}
+
+// The output in parts of 16 rows and 128 bytes, as a warp stages it. Float32, and what the copy engine cannot
+// address, has no map.
+int encode_out(CUtensorMap& map, GemmArguments& args, const GateArguments& gate) {
+  const bool gated = gate.q != nullptr;
+  const void* data = gated ? gate.q : args.out;
+  const int64_t stride = gated ? gate.q_stride : args.out_stride * 2;
+  args.out_is_mapped =
+      !args.out_is_float && stride % 16 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  if (!args.out_is_mapped) return 0;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(args.n), static_cast<cuuint64_t>(args.rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride)};
+  const cuuint32_t box[2] = {gated ? 128u : 64u, 16};
+  const CUtensorMapDataType type = gated ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  return encode(map, type, data, 2, sizes, strides, box);
 }
 
 }  // namespace
 
-// a: e4m3 [rows, k] with a_stride bytes between rows; b: e4m3 [groups, n, k] with b_stride and b_group
-// bytes; strides and addresses are multiples of 16. Returns 0, a cudaError_t, or 10000 + a CUresult.
+// a: e4m3 [rows, k] with a_stride bytes between rows; b: e4m3 [groups, b_rows, k] with b_stride and b_group
+// bytes; strides and addresses are multiples of 16. `gate` is for gated tiles, else its `q` is null.
+// Returns 0, a cudaError_t, or 10000 + a CUresult.
 extern "C" int causeway_gemm(int tile, const void* a, int64_t a_stride, const void* b, int64_t b_stride,
-                             int64_t b_group, int64_t k, const GemmArguments* args,
-                             int multiprocessors, void* stream) {
+                             int64_t b_group, int64_t b_rows, int64_t k, GemmArguments* args,
+                             const GateArguments* gate, int multiprocessors, void* stream) {
   const TileShape& shape = kTiles[tile];
-  CUtensorMap a_map, b_map;
+  Maps maps = {};
   const cuuint64_t a_sizes[2] = {static_cast<cuuint64_t>(k), static_cast<cuuint64_t>(args->rows)};
   const cuuint64_t a_strides[1] = {static_cast<cuuint64_t>(a_stride)};
-  const cuuint32_t a_box[2] = {kBlock, static_cast<cuuint32_t>(shape.rows)};
-  const int a_error = encode(a_map, a, 2, a_sizes, a_strides, a_box);
+  const cuuint32_t a_box[2] = {kBlock, static_cast<cuuint32_t>(shape.box_rows)};
+  const int a_error = encode(maps.a, CU_TENSOR_MAP_DATA_TYPE_UINT8, a, 2, a_sizes, a_strides, a_box);
   if (a_error != 0) return a_error;
-  const cuuint64_t b_sizes[3] = {static_cast<cuuint64_t>(k), static_cast<cuuint64_t>(args->n),
+  const cuuint64_t b_sizes[3] = {static_cast<cuuint64_t>(k), static_cast<cuuint64_t>(b_rows),
                                  static_cast<cuuint64_t>(args->groups)};
   const cuuint64_t b_strides[2] = {static_cast<cuuint64_t>(b_stride),
                                    static_cast<cuuint64_t>(b_group)};
-  const cuuint32_t b_box[3] = {kBlock, static_cast<cuuint32_t>(shape.columns), 1};
-  const int b_error = encode(b_map, b, 3, b_sizes, b_strides, b_box);
+  const cuuint32_t b_box[3] = {kBlock, static_cast<cuuint32_t>(shape.box_columns), 1};
+  const int b_error = encode(maps.b, CU_TENSOR_MAP_DATA_TYPE_UINT8, b, 3, b_sizes, b_strides, b_box);
   if (b_error != 0) return b_error;
+  const int out_error = encode_out(maps.out, *args, *gate);
+  if (out_error != 0) return out_error;
 
   int grid = multiprocessors;
   if (args->offsets == nullptr) {
@@ -87,5 +108,5 @@ extern "C" int causeway_gemm(int tile, const void* a, int64_t a_stride, const vo
                           ((args->rows + shape.rows - 1) / shape.rows);
     grid = static_cast<int>(std::min<int64_t>(grid, tiles));
   }
-  return shape.launch(a_map, b_map, *args, grid, static_cast<cudaStream_t>(stream));
+  return shape.launch(maps, *args, *gate, grid, static_cast<cudaStream_t>(stream));
 }

@@ -34,33 +34,59 @@ __device__ __forceinline__ void store_float(
   }
 }
 
-// Through shared memory, so that a warp writes whole rows. The 16 rows belong to one warp alone.
+// Bytes from the first to a 16-byte chunk of a warp's 16 rows, which lie in parts of 64 columns (128 bytes a
+// row) with the copy engine's 128-byte swizzle: no two rows of eight meet in a bank.
+__device__ __forceinline__ uint32_t swizzled(int row, int chunk) {
+  return (chunk >> 3) * 2048 + row * 128 + (((chunk ^ row) & 7) << 4);
+}
+
+// A warp's 16 rows of bfloat16 through shared memory, so that whole rows are written. `staging` belongs to the
+// warp alone. The copy engine writes the rows while the warp goes on (large tiles, where all 16 belong
+// to the tile); otherwise the warp writes them itself.
 template <class S>
 __device__ __forceinline__ void store_bfloat16(
-    const GemmArguments& args, const Tile& tile, const float (&sum)[S::kParts], uint8_t* staging,
-    int first_row, int lane) {
-  __syncwarp();
-  const uint32_t target = smem_address(staging) +
-                          ((lane & 7) + (lane & 8)) * S::kStagingRow + (lane >> 4) * 16;
-#pragma unroll
-  for (int i = 0; i < S::kParts; i += 8) {
-    store_matrices(
-        target + i * 4, pack_bf16(sum[i], sum[i + 1]), pack_bf16(sum[i + 2], sum[i + 3]),
-        pack_bf16(sum[i + 4], sum[i + 5]), pack_bf16(sum[i + 6], sum[i + 7]));
+    const GemmArguments& args, const CUtensorMap& out_map, const Tile& tile,
+    const float (&sum)[S::kParts], uint8_t* staging, int first_row, int lane) {
+  const uint32_t base = smem_address(staging);
+  if constexpr (S::kTensorStore) {
+    if (lane == 0) bulk_wait_read();
   }
   __syncwarp();
-  constexpr int kChunks = S::kColumns / 8;  // 16-byte chunks of a row
+#pragma unroll
+  for (int i = 0; i < S::kParts; i += 8) {
+    const int row = lane & 15, chunk = i / 4 + (lane >> 4);
+    store_matrices(
+        base + swizzled(row, chunk), pack_bf16(sum[i], sum[i + 1]), pack_bf16(sum[i + 2], sum[i + 3]),
+        pack_bf16(sum[i + 4], sum[i + 5]), pack_bf16(sum[i + 6], sum[i + 7]));
+  }
+  const int first = tile.row + first_row;
+  if constexpr (S::kTensorStore) {
+    if (args.out_is_mapped && first + 16 <= tile.row_end) {
+      fence_async_proxy();
+      __syncwarp();
+      if (lane == 0) {
+#pragma unroll
+        for (int i = 0; i < S::kParts / 32; ++i) {
+          store_2d(&out_map, base + i * 2048, tile.column + i * 64, first);
+        }
+        bulk_commit();
+      }
+      return;
+    }
+  }
+  __syncwarp();
+  constexpr int kChunks = S::kParts / 4;  // 16-byte chunks of a row
   constexpr int kRowsAtOnce = 32 / kChunks;
   __nv_bfloat16* out = static_cast<__nv_bfloat16*>(args.out);
   const bool aligned = args.out_stride % 8 == 0 && (tile.column & 7) == 0;
   const int chunk = lane % kChunks;
   const int column = tile.column + chunk * 8;
-#pragma unroll
+#pragma unroll S::kTensorStore ? 1 : 16 / kRowsAtOnce
   for (int pass = 0; pass < 16 / kRowsAtOnce; ++pass) {
     const int local = pass * kRowsAtOnce + lane / kChunks;
-    const int row = tile.row + first_row + local;
+    const int row = first + local;
     if (row >= tile.row_end) continue;
-    const uint8_t* source = staging + local * S::kStagingRow + chunk * 16;
+    const uint8_t* source = staging + swizzled(local, chunk);
     __nv_bfloat16* line = out + static_cast<int64_t>(row) * args.out_stride;
     if (aligned && column >= 0 && column + 8 <= args.n) {
       *reinterpret_cast<uint4*>(line + column) = *reinterpret_cast<const uint4*>(source);

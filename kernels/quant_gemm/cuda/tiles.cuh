@@ -4,11 +4,16 @@
 #include <cstdint>
 
 #include "gemm.h"
+#include "hopper.cuh"
 
 namespace causeway {
 
 constexpr int kBlockK = 128;
-constexpr int kRasterTiles = 16;  // column tiles that neighbouring blocks walk together
+
+// A ring of `stages`: two barriers each (full, empty), one for the first tile, and the tiles to come (see
+// `TileQueue`). The barriers take whole 16 bytes.
+__host__ __device__ constexpr int barrier_bytes(int stages) { return (stages + 1) * 16; }
+__host__ __device__ constexpr int control_bytes(int stages) { return barrier_bytes(stages) + (stages + 1) * 16; }
 
 // A tile of TM rows by BN columns, made by WGS warpgroups from a ring of STAGES.
 template <int TM, int WGS, int BN, int STAGES>
@@ -23,64 +28,102 @@ struct Shape {
   static constexpr bool kTrades = WGS > 1;
   static constexpr int kThreads = kWarps * 32 + (kTrades ? 128 : 64);
   static constexpr int kParts = BN / 2;             // accumulators of a thread
-  static constexpr int kStagingRow = BN * 2 + 16;   // bytes; the pad keeps rows on different banks
-  static constexpr int kStagingBytes = kActiveWarps * 16 * kStagingRow;
+  static constexpr bool kTensorStore = WGS > 1 && BN == 128;
+  static constexpr int kStagingWarp = BN <= 64 ? 2048 : 4096;  // bytes, see `swizzled`
+  static constexpr int kStagingBytes = kActiveWarps * kStagingWarp;
   // A warpgroup reads 64 rows of A; where a tile has fewer, it runs on into what follows.
   static constexpr int kRunOn = TM < 64 ? 8192 : 0;
   static constexpr int kBarrierOffset = STAGES * kStageBytes + kStagingBytes;
-  static constexpr int kSharedBytes = kBarrierOffset + STAGES * 16 + kRunOn;
+  static constexpr int kSharedBytes = kBarrierOffset + control_bytes(STAGES) + kRunOn;
 
   static_assert(kSharedBytes <= 232448, "more shared memory than a block may have");
   static_assert(TM % 16 == 0 && WGS <= 2 && (TM == 64 * WGS || WGS == 1), "rows of a tile");
 };
 
-struct Tile {
+struct alignas(16) Tile {
   int row;      // first row
-  int row_end;  // end of the rows that belong to the same weight
+  int row_end;  // end of the rows that belong to the same weight; negative: no tile, the walk is over
   int column;   // first column, may be negative (before a slice that starts inside a block)
   int group;
 };
 
-// The tiles of one block of threads, in order.
+// The tiles of one block of threads, in order; made after the kernel that writes the offsets. Whole warps
+// call it: a lane holds two neighbouring groups, so that a warp looks at 64 groups at once.
 template <class S>
 class Schedule {
  public:
   __device__ __forceinline__ explicit Schedule(const GemmArguments& args)
       : args_(args), next_(blockIdx.x), lead_(args.row_offset % S::kColumns) {
     tiles_n_ = (args.n + lead_ + S::kColumns - 1) / S::kColumns;
-    load(0);
+    if (args.offsets == nullptr) {
+      start_ = 0;
+      middle_ = stop_ = args.rows;
+      end_ = tiles(args.rows);
+    } else {
+      load();
+    }
   }
 
-  __device__ __forceinline__ bool advance(Tile& tile) {
-    while (next_ >= base_ + tiles_m_ * tiles_n_) {
-      base_ += tiles_m_ * tiles_n_;
-      if (++group_ >= args_.groups) return false;
-      load(group_);
+  __device__ __forceinline__ Tile advance() {
+    Tile tile = {0, -1, 0, 0};
+    uint32_t found;
+    while ((found = __ballot_sync(kAll, next_ < end_)) == 0) {
+      window_ += kWindow;
+      if (args_.offsets == nullptr || window_ >= args_.groups) return tile;
+      base_ = __shfl_sync(kAll, end_, 31);
+      load();
     }
-    const int index = next_ - base_;
-    const int band = index / (kRasterTiles * tiles_m_);
-    const int width = min(kRasterTiles, tiles_n_ - band * kRasterTiles);
-    const int inside = index - band * kRasterTiles * tiles_m_;
-    const int m = inside / width;
-    const int n = band * kRasterTiles + inside - m * width;
-    tile.row = start_ + m * S::kRows;
-    tile.row_end = stop_;
+    const int lane = __ffs(found) - 1;
+    const int middle = __shfl_sync(kAll, middle_, lane), stop = __shfl_sync(kAll, stop_, lane);
+    const int start = __shfl_sync(kAll, start_, lane), end = __shfl_sync(kAll, end_, lane);
+    const int upper = end - tiles(stop - middle);  // where the tiles of the lane's second group begin
+    const bool second = next_ >= upper;
+    const int first = second ? middle : start;
+    tile.row_end = second ? stop : middle;
+    tile.group = window_ + 2 * lane + second;
+    const int index = next_ - (second ? upper : upper - tiles(middle - start));
+    const int tiles_m = (tile.row_end - first + S::kRows - 1) / S::kRows;
+    int m = 0, n = index;
+    if (tiles_m > 1) {
+      const int band = index / (kRasterTiles * tiles_m);
+      const int width = min(kRasterTiles, tiles_n_ - band * kRasterTiles);
+      const int inside = index - band * kRasterTiles * tiles_m;
+      m = inside / width;
+      n = band * kRasterTiles + inside - m * width;
+    }
+    tile.row = first + m * S::kRows;
     tile.column = n * S::kColumns - lead_;
-    tile.group = group_;
     next_ += gridDim.x;
-    return true;
+    return tile;
   }
 
  private:
-  __device__ __forceinline__ void load(int group) {
-    start_ = args_.offsets == nullptr ? 0 : static_cast<int>(args_.offsets[group]);
-    stop_ = args_.offsets == nullptr ? args_.rows : static_cast<int>(args_.offsets[group + 1]);
-    tiles_m_ = (stop_ - start_ + S::kRows - 1) / S::kRows;
+  static constexpr uint32_t kAll = 0xFFFFFFFFu;
+  static constexpr int kWindow = 64;  // groups
+  static constexpr int kRasterTiles = S::kColumns > 128 ? 8 : 16;  // column tiles that neighbours walk together
+
+  __device__ __forceinline__ int tiles(int rows) const {
+    return (rows + S::kRows - 1) / S::kRows * tiles_n_;
+  }
+
+  __device__ __forceinline__ void load() {
+    const int lane = threadIdx.x % 32, group = window_ + 2 * lane;
+    start_ = static_cast<int>(args_.offsets[min(group, args_.groups)]);
+    middle_ = static_cast<int>(args_.offsets[min(group + 1, args_.groups)]);
+    stop_ = static_cast<int>(args_.offsets[min(group + 2, args_.groups)]);
+    end_ = tiles(middle_ - start_) + tiles(stop_ - middle_);
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int before = __shfl_up_sync(kAll, end_, step);
+      if (lane >= step) end_ += before;
+    }
+    end_ += base_;
   }
 
   const GemmArguments& args_;
   int next_, lead_, tiles_n_;
-  int base_ = 0, group_ = 0, tiles_m_ = 0, start_ = 0, stop_ = 0;
+  int window_ = 0, base_ = 0;                        // first group of the window, tiles before it
+  int start_ = 0, middle_ = 0, stop_ = 0, end_ = 0;  // rows of the lane's groups; tiles up to their end
 };
 
 // A position in the ring of stages.
@@ -94,6 +137,43 @@ struct Slot {
       parity ^= 1;
     }
   }
+};
+
+// Tiles from the weight's producer to the consumers. Tile t + 1 is written with the last block of tile t, so whoever
+// has waited for that block may read it; the consumers read tile t only after they have released the last
+// block of tile t - 1, and every tile takes at least one stage: STAGES + 1 entries are enough.
+template <int STAGES>
+class TileQueue {
+ public:
+  // The barrier and the entries lie behind the ring's own 2 * STAGES barriers.
+  __device__ __forceinline__ explicit TileQueue(uint8_t* control)
+      : opened_(smem_address(control) + 2 * STAGES * 8),
+        entries_(reinterpret_cast<Tile*>(control + barrier_bytes(STAGES))) {}
+
+  __device__ __forceinline__ uint32_t opened() const { return opened_; }
+  __device__ __forceinline__ void put_first(const Tile& tile) {
+    entries_[0] = tile;
+    mbar_arrive(opened_);
+  }
+  __device__ __forceinline__ void put_next(const Tile& tile) {
+    step();
+    entries_[at_] = tile;
+  }
+  __device__ __forceinline__ Tile take_first() {
+    mbar_wait(opened_, 0);
+    return entries_[0];
+  }
+  __device__ __forceinline__ Tile take_next() {
+    step();
+    return entries_[at_];
+  }
+
+ private:
+  __device__ __forceinline__ void step() { at_ = at_ == STAGES ? 0 : at_ + 1; }
+
+  uint32_t opened_;
+  Tile* entries_;
+  int at_ = 0;
 };
 
 __device__ __forceinline__ float scale_value(uint32_t byte) { return __uint_as_float(byte << 23); }

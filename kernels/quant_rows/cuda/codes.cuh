@@ -58,12 +58,28 @@ __device__ __forceinline__ Raw<T> load8(const T* row, int column, int k, bool wi
   return raw;
 }
 
-// Bits of the largest magnitude of the half-warp's block. As integers a NaN is above infinity.
-__device__ __forceinline__ uint32_t block_peak(const float (&v)[8], int lane) {
-  uint32_t peak = 0;
+// The larger one, NaN if either is NaN.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+__device__ __forceinline__ float min_or_nan(float a, float b) {
+  float r;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+
+// Bits of the largest magnitude of the half-warp's block; a NaN's are above those of infinity.
+__device__ __forceinline__ uint32_t block_peak(const float (&v)[8]) {
+  float peak = fabsf(v[0]);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) peak = max(peak, __float_as_uint(v[i]) & 0x7FFFFFFFu);
-  return __reduce_max_sync(lane < 16 ? 0x0000FFFFu : 0xFFFF0000u, peak);
+  for (int i = 1; i < 8; ++i) peak = max_or_nan(peak, fabsf(v[i]));
+#pragma unroll
+  for (int step = 8; step > 0; step /= 2) {
+    peak = max_or_nan(peak, __shfl_xor_sync(0xFFFFFFFFu, peak, step));
+  }
+  return __float_as_uint(peak);
 }
 
 // E8M0 byte of the smallest power of two >= max(peak, 1e-4) / 448; 255 for NaN and infinity.
@@ -74,18 +90,23 @@ __device__ __forceinline__ uint32_t scale_byte(uint32_t peak) {
   return min((bits >> 23) + ((bits & 0x7FFFFFu) != 0 ? 1u : 0u), 255u);
 }
 
+// Dividing by the scale and multiplying by its inverse are the same: both are powers of two.
+__device__ __forceinline__ float inverse_scale(uint32_t byte) {
+  return byte == 255 ? __uint_as_float(0x7FC00000u) : __uint_as_float((254 - byte) << 23);
+}
+
+// Two e4m3 codes, the first in the low byte.
+__device__ __forceinline__ uint32_t code_pair(float first, float second, float inverse) {
+  return __nv_cvt_float2_to_fp8x2(make_float2(first * inverse, second * inverse), __NV_SATFINITE, __NV_E4M3);
+}
+
 __device__ __forceinline__ void write8(
     const float (&v)[8], uint32_t byte, const Output& out, int64_t row, int column, int block, int k,
     int lane, bool wide) {
-  // Dividing by the scale and multiplying by its inverse are the same: both are powers of two.
-  const float inverse =
-      byte == 255 ? __uint_as_float(0x7FC00000u) : __uint_as_float((254 - byte) << 23);
+  const float inverse = inverse_scale(byte);
   uint32_t codes[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    codes[i] = __nv_cvt_float2_to_fp8x2(
-        make_float2(v[2 * i] * inverse, v[2 * i + 1] * inverse), __NV_SATFINITE, __NV_E4M3);
-  }
+  for (int i = 0; i < 4; ++i) codes[i] = code_pair(v[2 * i], v[2 * i + 1], inverse);
   uint8_t* line = out.q + row * out.q_stride;
   if (wide) {
     if (column < k) {

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "codes.cuh"
+#include "swiglu.cuh"
 
 namespace {
 
@@ -29,9 +30,9 @@ struct Plain {
 #pragma unroll
     for (int i = 0; i < 8; ++i) v[i] = raw[i];
   }
-  __device__ __forceinline__ uint32_t peak(const float (&v)[8], int64_t row, int block, int blocks,
-                                           int lane) const {
-    if (amax == nullptr) return block_peak(v, lane);
+  __device__ __forceinline__ uint32_t peak(
+      const float (&v)[8], int64_t row, int block, int blocks) const {
+    if (amax == nullptr) return block_peak(v);
     return block < blocks ? __float_as_uint(amax[row * amax_stride + block]) & 0x7FFFFFFFu : 0u;
   }
 };
@@ -39,7 +40,7 @@ struct Plain {
 // (silu(min(g, limit)) * clamp(u, -limit, limit)) * weight, rounded to T.
 template <typename T>
 struct SwiGLU {
-  static constexpr int kUnroll = 2;
+  static constexpr int kUnroll = sizeof(T) == 2 ? 4 : 2;
   struct Loaded {
     Raw<T> gate, up;
     float factor;  // 1 without a weight, which changes nothing
@@ -55,15 +56,14 @@ struct SwiGLU {
   }
   __device__ __forceinline__ void values(const Loaded& raw, float (&v)[8]) const {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      // Comparisons that keep NaN, which fminf and fmaxf would drop.
-      const float a = raw.gate[i] > limit ? limit : raw.gate[i];
-      const float b = raw.up[i] > limit ? limit : (raw.up[i] < -limit ? -limit : raw.up[i]);
-      v[i] = to_float(from_float<T>(__fdividef(a, 1.0f + __expf(-a)) * b * raw.factor));
+    for (int i = 0; i < 8; ++i) v[i] = swiglu_value(raw.gate[i], raw.up[i], limit, raw.factor);
+    if constexpr (sizeof(T) == 2) {
+#pragma unroll
+      for (int i = 0; i < 8; i += 2) round_to_bfloat16(v[i], v[i + 1]);
     }
   }
-  __device__ __forceinline__ uint32_t peak(const float (&v)[8], int64_t, int, int, int lane) const {
-    return block_peak(v, lane);
+  __device__ __forceinline__ uint32_t peak(const float (&v)[8], int64_t, int, int) const {
+    return block_peak(v);
   }
 };
 
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(
     const int at = first + i * 256, block = at / 128;
     float v[8];
     source.values(raw[i], v);
-    const uint32_t byte = scale_byte(source.peak(v, row, block, blocks, lane));
+    const uint32_t byte = scale_byte(source.peak(v, row, block, blocks));
     if (block < blocks) write8(v, byte, out, row, at - col_offset, block, k, lane, wide);
   }
 }
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(
         target[i] = reinterpret_cast<const uint4*>(rounded)[i];
       }
     }
-    const uint32_t byte = scale_byte(block_peak(v[c], lane));
+    const uint32_t byte = scale_byte(block_peak(v[c]));
     if (column / 128 < blocks) write8(v[c], byte, out, row, column, column / 128, k, lane, true);
   }
 }

@@ -1,0 +1,58 @@
+// One block's product on the tensor cores, its scaled addition to the sums, and the launch: what both kinds
+// of tiles share.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "hopper.cuh"
+#include "tiles.cuh"
+#include "wgmma.cuh"
+#include "wgmma_e4m3.cuh"
+
+namespace causeway {
+
+template <int kParts>
+__device__ __forceinline__ void promote(
+    float (&sum)[kParts], const float (&part)[kParts], const float (&s)[2]) {
+#pragma unroll
+  for (int i = 0; i < kParts; i += 4) {
+    sum[i] = fmaf(part[i], s[0], sum[i]);
+    sum[i + 1] = fmaf(part[i + 1], s[0], sum[i + 1]);
+    sum[i + 2] = fmaf(part[i + 2], s[1], sum[i + 2]);
+    sum[i + 3] = fmaf(part[i + 3], s[1], sum[i + 3]);
+  }
+}
+
+// Starts 64 rows x 128 deep times Columns; the addresses are those of the operands' first bytes.
+template <int Columns>
+__device__ __forceinline__ void multiply(float (&part)[Columns / 2], uint32_t a, uint32_t b) {
+  fence_regs(part);
+  wgmma_fence();
+  const uint32_t left = operand(a), right = operand(b);
+#pragma unroll
+  for (int k = 0; k < kBlockK / 32; ++k) {
+    WgmmaE4m3<Columns>::run(part, left + k * 2, right + k * 2, k != 0);
+  }
+  wgmma_commit();
+}
+
+// Starts a kernel that may begin while the one ahead of it in the stream ends; returns a cudaError_t.
+template <class S, typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), int grid, cudaStream_t stream, const Arguments&... arguments) {
+  static const cudaError_t configured = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
+  if (configured != cudaSuccess) return configured;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(grid);
+  config.blockDim = dim3(S::kThreads);
+  config.dynamicSmemBytes = S::kSharedBytes;
+  config.stream = stream;
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+}  // namespace causeway
