@@ -33,6 +33,8 @@ MEANINGS: dict[str, str] = {
     "parallel.cp_min_tokens": "chunks of fewer tokens go whole to one rank",
     "parallel.moe_combine": "`ordered` adds experts in a fixed order, equal on every mesh; `fast` "
     "adds partial sums of the ranks",
+    "parallel.peer_memory": "sums of up to 1 MiB go through memory that the GPUs of one machine map "
+    "from each other (CUDA; several machines: NCCL)",
     "parallel.dcp": "decode: split the index scoring over the ranks (few, very long requests)",
     "kv_cache.dtype": "of the pages; `auto`: fp8 with `release`, fp32 otherwise",
     "kv_cache.block_size": "tokens of a logical block, a multiple of 128",

@@ -21,6 +21,7 @@ class ParallelConfig:
     kv_shard: Literal["replicate", "cp"] = "replicate"
     cp_min_tokens: int = 1024  # shorter chunks go whole to one rank
     moe_combine: Literal["fast", "ordered"] = "fast"
+    peer_memory: bool = True  # small sums between the GPUs of one machine bypass NCCL
     dcp: bool = False  # decode: split index scoring over the ranks
 
     @property
