@@ -2,7 +2,7 @@
 
 A chunk of 512 columns is one tensor-core sum of exact bf16 products; chunks are added in float32 in
 order. Few tokens: a program per chunk and 16 experts. Many: a program adds all chunks itself. The
-sums are the same.
+sums are the same. Each kernel starts while the one ahead ends, and waits for it before it reads.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.moe_gate import reference
 from kernels.triton_math import padded, twin_for_float64
@@ -27,6 +28,8 @@ def _logits(
     D: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
+    gdc_launch_dependents()
+    gdc_wait()
     row = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     expert = tl.program_id(1) * BE + tl.arange(0, BE)
     live = (row < T)[:, None]
@@ -68,6 +71,8 @@ def _choose(
     PARTS: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr,
     BIASED: tl.constexpr, HASHED: tl.constexpr,
 ):  # fmt: skip
+    gdc_launch_dependents()
+    gdc_wait()
     row = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     live = row < T
     expert = tl.arange(0, EP)
@@ -158,12 +163,12 @@ def moe_gate(
     _logits[(triton.cdiv(tokens, block_t), triton.cdiv(experts, block_e), parts)](
         x, weight, logits, x.stride(0), weight.stride(0), tokens, experts, chunks // parts,
         D=dim, CHUNK=_CHUNK, BT=block_t, BE=block_e, BK=block_k, EXACT=exact,
-        num_warps=warps, num_stages=3,
+        num_warps=warps, num_stages=3, launch_pdl=True,
     )  # fmt: skip
     vocab, stride = (0, 0) if tid2eid is None else (tid2eid.shape[0], tid2eid.stride(0))
     _choose[(triton.cdiv(tokens, _TOKENS),)](
         logits, bias, tid2eid, token_ids, ids, weights, stride, route_scale, tokens, experts,
         vocab, PARTS=parts, EP=padded(experts), K=k, KP=padded(k), BT=_TOKENS,
-        BIASED=bias is not None, HASHED=tid2eid is not None, num_warps=1,
+        BIASED=bias is not None, HASHED=tid2eid is not None, num_warps=1, launch_pdl=True,
     )  # fmt: skip
     return ids, weights

@@ -1,7 +1,7 @@
 """Stable counting sort of routed rows by local expert; integers only, so exact in any order.
 
-Few blocks of choices: each program counts all blocks itself, one launch. Many: counts per block, a
-scan over the blocks, then places. A last kernel copies the rows.
+Few choices: one launch, in which the programs of a token find its places among all choices and copy its
+row. Many: counts per block of choices, a scan over the blocks, places, then the copies.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.moe_permute import reference
-from kernels.moe_permute.api import PermutedRows
+from kernels.moe_permute.api import PermutedQuantRows, PermutedRows
+from kernels.quant_rows.api import QuantRows, empty_quant_rows
 from kernels.triton_math import padded, twin_for_float64
 
 _BLOCK = 128  # choices of a program that places
-_FEW = 8  # blocks up to which every program counts for itself
+_FEW = 512  # choices up to which every program finds its places among all of them
 _SCAN, _BINS = 256, 8  # blocks a step of the scan adds up, experts of one of its programs
 _COLUMNS = 2048
 
@@ -56,23 +57,14 @@ def _scan(counts, starts, totals, BLOCKS, EP: tl.constexpr, BINS: tl.constexpr, 
 
 @triton.jit
 def _place(
-    ids, starts, totals, offsets, place, COUNT, FIRST, BLOCKS,
-    E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, ALONE: tl.constexpr,
+    ids, starts, totals, offsets, place, COUNT, FIRST,
+    E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     bin_ = tl.arange(0, EP)
     expert = _experts(ids, block, COUNT, FIRST, E, BLOCK)
-    if ALONE:
-        before = tl.zeros((EP,), tl.int32)
-        total = tl.zeros((EP,), tl.int32)
-        for other in range(BLOCKS):
-            count = tl.histogram(_experts(ids, other, COUNT, FIRST, E, BLOCK), EP)
-            total = total + count
-            before = before + tl.where(other < block, count, 0)
-    else:
-        before = tl.load(starts + block * EP + bin_)
-        total = tl.load(totals + bin_)
-    total = tl.where(bin_ < E, total, 0)
+    before = tl.load(starts + block * EP + bin_)
+    total = tl.where(bin_ < E, tl.load(totals + bin_), 0)
     start = tl.cumsum(total, axis=0) - total
     tl.store(offsets + bin_, start.to(tl.int64), mask=(bin_ <= E) & (block == 0))
     start = start + before
@@ -86,18 +78,66 @@ def _place(
 
 
 @triton.jit
+def _few(
+    x, scale, ids, weights, offsets, place, rows, row_scale, row_weight,
+    stride, scale_stride, out_stride, out_scale_stride, weight_stride, T, COUNT, FIRST,
+    D: tl.constexpr, P: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, K: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, NP: tl.constexpr,
+):  # fmt: skip
+    """A token's places and copies; one program more makes the offsets. S scale bytes a row, or 0."""
+    token = tl.program_id(0).to(tl.int64)
+    expert = _experts(ids, 0, COUNT, FIRST, E, NP)
+    if token == T:
+        if tl.program_id(1) == 0:
+            bin_ = tl.arange(0, EP)
+            count = tl.histogram(expert, EP)
+            start = tl.cumsum(count, axis=0) - count
+            tl.store(offsets + bin_, start.to(tl.int64), mask=bin_ <= E)
+    else:
+        first = tl.program_id(1) == 0
+        col = tl.program_id(1) * P + tl.arange(0, P)
+        value = tl.load(x + token * stride + col, mask=col < D, other=0.0)
+        if S > 0:
+            byte = tl.arange(0, SP)
+            scales = tl.load(scale + token * scale_stride + byte, mask=byte < S, other=0)
+        at = tl.arange(0, NP)
+        for choice in tl.static_range(K):
+            me = (token * K + choice).to(tl.int32)
+            mine = tl.load(ids + me) - FIRST
+            here = (mine >= 0) & (mine < E)
+            ahead = (expert < mine) | ((expert == mine) & (at < me))
+            where = tl.where(here, tl.sum(ahead.to(tl.int32), axis=0), -1).to(tl.int64)
+            tl.store(rows + where * out_stride + col, value, mask=(col < D) & here)
+            if S > 0:
+                target = row_scale + where * out_scale_stride + byte
+                tl.store(target, scales, mask=(byte < S) & here & first)
+            if first:
+                tl.store(place + me, where)
+                weight = tl.load(weights + token * weight_stride + choice)
+                tl.store(row_weight + where, weight, mask=here)
+
+
+@triton.jit
 def _copy_rows(
-    x, weights, place, rows, row_weight, stride, weight_stride,
-    D: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
+    x, scale, weights, place, rows, row_scale, row_weight,
+    stride, scale_stride, out_stride, out_scale_stride, weight_stride,
+    D: tl.constexpr, P: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) == 0
     col = tl.program_id(1) * P + tl.arange(0, P)
     value = tl.load(x + token * stride + col, mask=col < D, other=0.0)
+    if S > 0:
+        byte = tl.arange(0, SP)
+        scales = tl.load(scale + token * scale_stride + byte, mask=byte < S, other=0)
     for choice in tl.static_range(K):
         at = tl.load(place + token * K + choice)
-        tl.store(rows + at * D + col, value, mask=(col < D) & (at >= 0))
+        tl.store(rows + at * out_stride + col, value, mask=(col < D) & (at >= 0))
+        if S > 0:
+            target = row_scale + at * out_scale_stride + byte
+            tl.store(target, scales, mask=(byte < S) & (at >= 0) & first)
         weight = tl.load(weights + token * weight_stride + choice)
-        tl.store(row_weight + at, weight, mask=(at >= 0) & (tl.program_id(1) == 0))
+        tl.store(row_weight + at, weight, mask=(at >= 0) & first)
 
 
 @triton.jit
@@ -118,44 +158,94 @@ def _add_rows(
     tl.store(out + token * D + col, total.to(out.dtype.element_ty), mask=col < D)
 
 
+def _permute(
+    x: Tensor,
+    scale: Tensor | None,
+    rows: Tensor,
+    row_scale: Tensor | None,
+    ids: Tensor,
+    weights: Tensor,
+    first_expert: int,
+    num_local: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fill ``rows`` (and their scale bytes); returns offsets, row weights and places."""
+    ids = ids.contiguous()
+    tokens, choices = ids.shape
+    count, dim = ids.numel(), x.shape[1]
+    row_weight = torch.empty((count,), dtype=torch.float32, device=x.device)
+    place = torch.empty((tokens, choices), dtype=torch.int64, device=x.device)
+    if count == 0:
+        offsets = torch.zeros((num_local + 1,), dtype=torch.int64, device=x.device)
+        return offsets, row_weight, place
+    offsets = torch.empty((num_local + 1,), dtype=torch.int64, device=x.device)
+    blocks, bins = triton.cdiv(count, _BLOCK), padded(num_local + 1, 32)
+    width = _COLUMNS if x.element_size() > 1 else 2 * _COLUMNS
+    few = count <= _FEW
+    block = min(width // 2 if few else width, padded(dim, 32))
+    scales = 0 if scale is None else scale.shape[1]
+    strides = (
+        x.stride(0),
+        0 if scale is None else scale.stride(0),
+        rows.stride(0),
+        0 if row_scale is None else row_scale.stride(0),
+        weights.stride(0),
+    )
+    warps = max(1, block * x.element_size() // 1024)
+    if few:
+        _few[(tokens + 1, triton.cdiv(dim, block))](
+            x, scale, ids, weights, offsets, place, rows, row_scale, row_weight, *strides,
+            tokens, count, first_expert, D=dim, P=block, S=scales, SP=padded(scales), K=choices,
+            E=num_local, EP=bins, NP=padded(count, 32), num_warps=warps,
+        )  # fmt: skip
+        return offsets, row_weight, place
+    counts = torch.empty((blocks, bins), dtype=torch.int32, device=x.device)
+    starts = torch.empty_like(counts)
+    _count[(blocks,)](
+        ids, counts, count, first_expert, E=num_local, EP=bins, BLOCK=_BLOCK, num_warps=4
+    )
+    totals = torch.empty((bins,), dtype=torch.int32, device=x.device)
+    _scan[(bins // _BINS,)](
+        counts, starts, totals, blocks, EP=bins, BINS=_BINS, STEP=_SCAN, num_warps=4
+    )
+    _place[(blocks,)](
+        ids, starts, totals, offsets, place, count, first_expert,
+        E=num_local, EP=bins, BLOCK=_BLOCK, num_warps=4,
+    )  # fmt: skip
+    _copy_rows[(tokens, triton.cdiv(dim, block))](
+        x, scale, weights, place, rows, row_scale, row_weight, *strides,
+        D=dim, P=block, S=scales, SP=padded(scales), K=choices, num_warps=warps,
+    )  # fmt: skip
+    return offsets, row_weight, place
+
+
 @twin_for_float64(reference.moe_permute)
 def moe_permute(
     x: Tensor, ids: Tensor, weights: Tensor, *, first_expert: int, num_local: int
 ) -> PermutedRows:
     """See ``kernels.moe_permute.api.moe_permute``."""
-    ids = ids.contiguous()
-    tokens, choices = ids.shape
-    count, dim = ids.numel(), x.shape[1]
-    rows = torch.empty((count, dim), dtype=x.dtype, device=x.device)
-    row_weight = torch.empty((count,), dtype=torch.float32, device=x.device)
-    place = torch.empty((tokens, choices), dtype=torch.int64, device=x.device)
-    if count == 0:
-        offsets = torch.zeros((num_local + 1,), dtype=torch.int64, device=x.device)
-        return PermutedRows(rows=rows, offsets=offsets, row_weight=row_weight, place=place)
-    offsets = torch.empty((num_local + 1,), dtype=torch.int64, device=x.device)
-    blocks, bins = triton.cdiv(count, _BLOCK), padded(num_local + 1, 32)
-    alone = blocks <= _FEW
-    starts = totals = None
-    if not alone:
-        counts = torch.empty((blocks, bins), dtype=torch.int32, device=x.device)
-        starts = torch.empty_like(counts)
-        _count[(blocks,)](
-            ids, counts, count, first_expert, E=num_local, EP=bins, BLOCK=_BLOCK, num_warps=4
-        )
-        totals = torch.empty((bins,), dtype=torch.int32, device=x.device)
-        _scan[(bins // _BINS,)](
-            counts, starts, totals, blocks, EP=bins, BINS=_BINS, STEP=_SCAN, num_warps=4
-        )
-    _place[(blocks,)](
-        ids, starts, totals, offsets, place, count, first_expert, blocks,
-        E=num_local, EP=bins, BLOCK=_BLOCK, ALONE=alone, num_warps=4,
-    )  # fmt: skip
-    block = min(_COLUMNS, padded(dim, 32))
-    _copy_rows[(tokens, triton.cdiv(dim, block))](
-        x, weights, place, rows, row_weight, x.stride(0), weights.stride(0),
-        D=dim, P=block, K=choices, num_warps=max(1, block // 512),
-    )  # fmt: skip
+    rows = torch.empty((ids.numel(), x.shape[1]), dtype=x.dtype, device=x.device)
+    offsets, row_weight, place = _permute(
+        x, None, rows, None, ids, weights, first_expert, num_local
+    )
     return PermutedRows(rows=rows, offsets=offsets, row_weight=row_weight, place=place)
+
+
+def moe_permute_quant(
+    rows: QuantRows, ids: Tensor, weights: Tensor, *, first_expert: int, num_local: int
+) -> PermutedQuantRows:
+    """See ``kernels.moe_permute.api.moe_permute_quant``."""
+    out = empty_quant_rows(ids.numel(), rows.shape[1], rows.device)
+    offsets, row_weight, place = _permute(
+        rows.q.view(torch.uint8),
+        rows.scale,
+        out.q.view(torch.uint8),
+        out.scale,
+        ids,
+        weights,
+        first_expert,
+        num_local,
+    )
+    return PermutedQuantRows(rows=out, offsets=offsets, row_weight=row_weight, place=place)
 
 
 @twin_for_float64(reference.moe_unpermute)

@@ -7,6 +7,8 @@ import torch
 
 from kernels.moe_gate import reference as gate_reference
 from kernels.moe_permute import reference as permute_reference
+from kernels.quant_rows import reference as quant_reference
+from kernels.quant_rows.api import QuantRows
 from tests.helpers.gpu import Implementation, assert_near, assert_rows_alone, there
 from tests.helpers.strided import column_slice
 
@@ -118,3 +120,31 @@ def test_permute(
             sums = permute_reference.moe_unpermute(results, want.place, add, out)
             back = permute.moe_unpermute(there(results), got.place, there(add), out)
             assert torch.equal(back.cpu(), sums)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "k", "experts", "first", "local"),
+    [
+        (1, 6, 256, 64, 64),
+        (32, 6, 384, 96, 96),
+        (700, 6, 256, 64, 64),
+        (4, 2, 9, 20, 3),
+        (0, 6, 8, 0, 8),
+    ],
+)
+def test_permute_quant(tokens: int, k: int, experts: int, first: int, local: int) -> None:
+    plain = quant_reference.quant_rows(torch.randn(tokens, 1160) * 3)
+    rows = QuantRows(q=there(plain.q), scale=there(plain.scale))
+    ids = torch.rand(tokens, experts).argsort(1)[:, :k].sort(1).values
+    weights = torch.rand(tokens, k)
+    where = {"first_expert": first, "num_local": local}
+    want = permute_reference.moe_permute_quant(plain, ids, weights, **where)
+    got = permute.moe_permute_quant(rows, there(ids), there(weights), **where)
+    count = int(want.offsets[-1])
+    assert torch.equal(got.offsets.cpu(), want.offsets)
+    assert torch.equal(got.place.cpu(), want.place)
+    assert got.rows.shape == want.rows.shape
+    for name in ("q", "scale"):
+        mine, twin = getattr(got.rows, name), getattr(want.rows, name)
+        assert torch.equal(mine[:count].view(torch.uint8).cpu(), twin[:count].view(torch.uint8))
+    assert torch.equal(got.row_weight[:count].cpu(), want.row_weight[:count])

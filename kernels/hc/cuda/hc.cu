@@ -12,14 +12,61 @@
 namespace causeway {
 namespace hc {
 
+// A map of bf16 values: columns, then `rank` - 1 dimensions with strides in elements.
+cudaError_t encode(CUtensorMap* map, const void* values, int rank, const uint64_t* sizes,
+                   const int64_t* strides, const uint32_t* box) {
+  static const auto call = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t code = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                              cudaEnableDefault, &found);
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(
+        code == cudaSuccess && found == cudaDriverEntryPointSuccess ? function : nullptr);
+  }();
+  if (call == nullptr) return cudaErrorNotSupported;
+  cuuint64_t bytes[2] = {};
+  const cuuint32_t ones[3] = {1, 1, 1};
+  for (int i = 1; i < rank; ++i) bytes[i - 1] = static_cast<cuuint64_t>(strides[i - 1]) * 2;
+  const CUresult result =
+      call(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank, const_cast<void*>(values), sizes, bytes, box, ones,
+           CU_TENSOR_MAP_INTERLEAVE_NONE,
+           box[0] == kBoxColumns ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
 template <Mode kMode>
 cudaError_t launch(const Arguments& args, cudaStream_t stream) {
   constexpr int kBytes = Layout<kMode>::kBytes;
-  cudaError_t code =
-      cudaFuncSetAttribute(hc_kernel<kMode>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  const uint64_t sizes[3] = {(uint64_t)args.dim, kStreams, (uint64_t)args.tokens};
+  const uint32_t box[3] = {kBoxColumns, kStreams, kTile}, a_box[2] = {kSlab, kTile};
+  const uint32_t new_box[3] = {kBoxColumns, kStreams, kPart};
+  const int64_t x_strides[2] = {args.x_stream, args.x_token};
+  const int64_t new_strides[2] = {args.dim, (int64_t)args.dim * kStreams};
+  Maps maps;
+  cudaError_t code = encode(&maps.x, args.x, 3, sizes, x_strides, box);
+  if constexpr (kMode == Mode::kPostPre) {
+    const uint64_t a_sizes[2] = {sizes[0], sizes[2]};
+    if (code == cudaSuccess) code = encode(&maps.a, args.a, 2, a_sizes, &args.a_token, a_box);
+    if (code == cudaSuccess) code = encode(&maps.streams, args.streams, 3, sizes, new_strides, new_box);
+  }
+  if (code == cudaSuccess) {
+    code = cudaFuncSetAttribute(hc_kernel<kMode>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  }
   if (code != cudaSuccess) return code;
-  hc_kernel<kMode><<<args.groups * args.slabs, kAllThreads, kBytes, stream>>>(args);
-  return cudaGetLastError();
+  hc_kernel<kMode><<<args.groups * args.slabs, kAllThreads, kBytes, stream>>>(args, maps);
+  code = cudaGetLastError();
+  if (code != cudaSuccess || kMode == Mode::kHead) return code;
+  cudaLaunchAttribute early;
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3((unsigned)((args.tokens + 127) / 128));
+  config.blockDim = dim3(128);
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, comb_kernel, args.comb, args.tokens, args.iters, args.eps);
 }
 
 }  // namespace hc

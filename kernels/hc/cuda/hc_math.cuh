@@ -10,9 +10,10 @@ namespace hc {
 
 constexpr int kStreams = 4;
 constexpr int kSlab = 256;   // columns of each stream
-constexpr int kWarps = 16;   // that share the 1024 values of a slab: 64 columns of a stream each
-constexpr int kSteps = 4;    // products of 16 columns that one warp chains
-constexpr int kRecord = 28;  // sums of a token: 4 pre, squares, 4 post, 16 comb, padding
+constexpr int kUnits = 16;   // of a slab: 64 columns of a stream each, whose products one warp chains
+constexpr int kSteps = 4;    // products of 16 columns in a unit
+constexpr int kSquares = 24;
+constexpr int kRecord = 28;  // sums of a token: 4 pre, 4 post, 16 comb, squares, padding
 
 enum class Mode { kPre, kHead, kPostPre };
 
@@ -89,23 +90,40 @@ __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uin
 // step 2 h + s takes columns 32 h + 8 (lane % 4) + 4 s .. + 3 from each lane.
 __device__ __forceinline__ int lane_column(int lane) { return lane % 4 * 8; }
 
-// The f32 weights of a warp's 64 columns as they lie in memory: rows lane / 4 + 8 i, four columns a step.
+// The f32 weights of a unit as they lie in memory: rows lane / 4 + 8 i, four columns a step.
 struct RawWeight {
   float4 row[3][kSteps];
 };
 
 template <Mode kMode>
-__device__ __forceinline__ void load_raw(RawWeight& raw, const Arguments& args, int slab, int warp,
+__device__ __forceinline__ void load_raw(RawWeight& raw, const Arguments& args, int slab, int unit,
                                          int lane) {
   constexpr int kMixes = kMode == Mode::kHead ? kStreams : 24;
   const float* from = args.fn + (int64_t)(lane / 4) * kStreams * args.dim +
-                      (int64_t)(warp / 4) * args.dim + slab * kSlab + warp % 4 * 64 + lane_column(lane);
+                      (int64_t)(unit / 4) * args.dim + slab * kSlab + unit % 4 * 64 + lane_column(lane);
 #pragma unroll
   for (int i = 0; i < 3; ++i) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const float* at = from + (int64_t)i * 8 * kStreams * args.dim + step / 2 * 32 + step % 2 * 4;
       raw.row[i][step] = lane / 4 + 8 * i < kMixes ? __ldg(reinterpret_cast<const float4*>(at))
+                                                   : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+  }
+}
+
+// The same from shared memory, where row i of stream s lies at kPieceBytes * (24 s + i).
+constexpr int kPieceBytes = kSlab * 4 + 16;  // shifts rows by four banks
+template <Mode kMode>
+__device__ __forceinline__ void load_raw_shared(RawWeight& raw, const char* from, int unit, int lane) {
+  constexpr int kMixes = kMode == Mode::kHead ? kStreams : 24;
+  from += (unit / 4 * 24 + lane / 4) * kPieceBytes + (unit % 4 * 64 + lane_column(lane)) * 4;
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const char* at = from + i * 8 * kPieceBytes + (step / 2 * 32 + step % 2 * 4) * 4;
+      raw.row[i][step] = lane / 4 + 8 * i < kMixes ? *reinterpret_cast<const float4*>(at)
                                                    : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     }
   }
@@ -138,7 +156,7 @@ __device__ __forceinline__ void split_step(Step& weight, const RawWeight& raw, i
   }
 }
 
-// Sums of eight tokens over a warp's columns.
+// Sums of eight tokens over a unit.
 struct Sums {
   float first[4], second[4], square;
 };
@@ -169,15 +187,14 @@ __device__ __forceinline__ void store_sums(Sums sums, float* to, int lane) {
   int row = lane / 4, quad = lane % 4;
   sums.square += __shfl_xor_sync(~0u, sums.square, 1);
   sums.square += __shfl_xor_sync(~0u, sums.square, 2);
-  if (quad == 0) to[row * kRecord + 4] = sums.square;
-  to += quad * 2 * kRecord;
-  int rows[3] = {row < 4 ? row : row + 1, row + 9, row + 17};
-  to[rows[0]] = sums.first[0];
-  to[rows[0] + kRecord] = sums.first[1];
-  to[rows[1]] = sums.first[2];
-  to[rows[1] + kRecord] = sums.first[3];
-  to[rows[2]] = sums.second[0] + sums.second[2];
-  to[rows[2] + kRecord] = sums.second[1] + sums.second[3];
+  if (quad == 0) to[row * kRecord + kSquares] = sums.square;
+  to += quad * 2 * kRecord + row;
+  to[0] = sums.first[0];
+  to[kRecord] = sums.first[1];
+  to[8] = sums.first[2];
+  to[8 + kRecord] = sums.first[3];
+  to[16] = sums.second[0] + sums.second[2];
+  to[16 + kRecord] = sums.second[1] + sums.second[3];
 }
 
 // Scale and base of the mix whose sum lies at `record` of a token's sums.
@@ -187,9 +204,8 @@ struct Affine {
 template <Mode kMode>
 __device__ __forceinline__ Affine load_affine(const Arguments& args, int record) {
   constexpr int kMixes = kMode == Mode::kHead ? kStreams : 24;
-  int row = record < 4 ? record : record - 1;
-  if (record == 4 || row >= kMixes) return {0.0f, 0.0f};
-  return {__ldg(args.scale + (row < 4 ? 0 : row < 8 ? 1 : 2)), __ldg(args.base + row)};
+  if (record >= kMixes) return {0.0f, 0.0f};
+  return {__ldg(args.scale + (record < 4 ? 0 : record < 8 ? 1 : 2)), __ldg(args.base + record)};
 }
 
 // Argument of a factor's sigmoid (or of comb's softmax) from its sum.
@@ -207,34 +223,34 @@ __device__ __forceinline__ float reciprocal(float v) {
 }
 
 // comb from its logits: row softmax plus eps, columns, then iters - 1 times rows and columns. Instead of
-// the matrix only its row and column factors change: c[j][k] = r[j] c0[j][k] q[k], and dividing a row by
-// its sum plus eps divides r[j]. One thread makes one matrix.
+// the matrix only its row and column factors change: c[j][k] = c0[j][k] / (p[j] t[k]); dividing a row by its
+// sum plus eps adds eps p[j] to the sum without p[j], which is the new p[j]. One thread makes one matrix.
 __device__ __forceinline__ void finish_comb(float (&c)[16], int iters, float eps) {
-  float r[4], q[4];
+  float p[4], t[4], r[4], q[4];
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     float* row = c + j * 4;
     float top = fmaxf(fmaxf(row[0], row[1]), fmaxf(row[2], row[3]));
 #pragma unroll
-    for (int k = 0; k < 4; ++k) row[k] = expf(row[k] - top);
+    for (int k = 0; k < 4; ++k) row[k] = __expf(row[k] - top);
     float inverse = reciprocal((row[0] + row[1]) + (row[2] + row[3]));
 #pragma unroll
     for (int k = 0; k < 4; ++k) row[k] = fmaf(row[k], inverse, eps);
-    r[j] = q[j] = 1.0f;
+    p[j] = t[j] = r[j] = q[j] = 1.0f;
   }
   for (int i = 0; i < iters; ++i) {
     if (i > 0) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float* row = c + j * 4;
-        float sum = fmaf(row[1], q[1], row[0] * q[0]) + fmaf(row[3], q[3], row[2] * q[2]);
-        r[j] *= reciprocal(fmaf(r[j], sum, eps));
+        p[j] = fmaf(row[1], q[1], fmaf(row[0], q[0], eps * p[j])) + fmaf(row[3], q[3], row[2] * q[2]);
+        r[j] = reciprocal(p[j]);
       }
     }
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      float sum = fmaf(c[4 + k], r[1], c[k] * r[0]) + fmaf(c[12 + k], r[3], c[8 + k] * r[2]);
-      q[k] *= reciprocal(fmaf(q[k], sum, eps));
+      t[k] = fmaf(c[4 + k], r[1], fmaf(c[k], r[0], eps * t[k])) + fmaf(c[12 + k], r[3], c[8 + k] * r[2]);
+      q[k] = reciprocal(t[k]);
     }
   }
 #pragma unroll

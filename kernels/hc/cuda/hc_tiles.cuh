@@ -1,8 +1,11 @@
-// The kernel for many tokens. A block mixes its slab of one tile of 16 tokens after the other; every tile
+// The kernels for many tokens. A block mixes its slab of one tile of 16 tokens after the other; every tile
 // stays in shared memory until the factors of its tokens are known, then the block collapses its columns.
 // Block t of a group owns token t of each tile: all blocks send it their sums, it sends back the factors.
 // Both ways a value travels with a tag in one 64-bit word, so that no fence and no flag is needed.
+// No role may need more registers than it has: there is no cache left for what would be spilled.
 #pragma once
+#include <cuda.h>
+
 #include "hc_math.cuh"
 
 namespace causeway {
@@ -10,15 +13,22 @@ namespace hc {
 
 constexpr int kTile = 16;  // tokens
 constexpr int kSums = kRecord * kTile;
-constexpr int kMixers = kWarps * 32;
-constexpr int kColumnWarps = 4;  // make the streams, collapse; four tokens of a tile each
+constexpr int kMixWarps = 8;  // two units each
+constexpr int kMixers = kMixWarps * 32;
+constexpr int kColumnWarps = 4;  // make the streams, collapse; kPart tokens of a tile each
+constexpr int kPart = kTile / kColumnWarps;
 constexpr int kServers = 3;      // finish the tokens that the block owns, each every third tile
 constexpr int kAllThreads = kMixers + (kColumnWarps + 1 + kServers) * 32;
+constexpr int kTogether = 8;  // words that a server waits for at once
 constexpr int kRing = 8;   // tiles whose words are kept; more than there are stages
 constexpr int kSides = 2;  // of a and the factors, which are free once the streams are made
 constexpr int kStreamBytes = kSlab * 2;
-constexpr int kTokenBytes = kStreams * kStreamBytes;
-constexpr int kStageBytes = kTile * kTokenBytes;
+// A tile lies as four boxes of 64 columns. A row of 128 bytes holds those of a token's stream, its 16-byte
+// pieces swapped by the row's number: tokens and streams at the same columns lie in different banks.
+constexpr int kBoxColumns = 64;
+constexpr int kBoxes = kSlab / kBoxColumns;
+constexpr int kBoxBytes = kTile * kStreams * kBoxColumns * 2;
+constexpr int kStageBytes = kBoxes * kBoxBytes;
 constexpr int kFactorBytes = (kStreams + 16) * 4;
 constexpr int kSideBytes = kTile * (kStreamBytes + kFactorBytes);
 
@@ -28,7 +38,7 @@ struct Layout {
   static constexpr int kLag = kMode == Mode::kPostPre ? 2 : 0;  // tiles from streams made to collapsed
   static constexpr int kSide = kStages * kStageBytes;
   static constexpr int kPartial = kSide + (kMode == Mode::kPostPre ? kSides * kSideBytes : 0);
-  static constexpr int kFull = kPartial + kWarps * kSums * 4;  // per stage: loaded, made, free
+  static constexpr int kFull = kPartial + kUnits * kSums * 4;  // per stage: loaded, made, free
   static constexpr int kBytes = kFull + 3 * kStages * 8;
   static_assert(kBytes <= 227 * 1024, "shared memory of one block");
 };
@@ -43,62 +53,97 @@ __device__ __forceinline__ void store_word(uint64_t* p, float value, uint32_t ta
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(word) : "memory");
 }
 
+// What a block works on. Each role reads it from shared memory: registers are for the loops.
+struct Share {
+  int group, slab, tiles;
+  uint32_t epoch;
+};
+
 // Where the words of tile i lie: sums for the owner of each token, [group, slot, token, slab, record];
 // factors behind all of them, [group, slot, token, stream].
 struct Words {
   uint64_t *sums, *factors;
   uint32_t tag;
 };
-__device__ __forceinline__ Words words_of(const Arguments& args, int group, int i, uint32_t epoch) {
+__device__ __forceinline__ Words words_of(const Arguments& args, const Share& share, int i) {
   uint64_t* ring = reinterpret_cast<uint64_t*>(args.ring);
-  int slot = group * kRing + i % kRing;
+  int slot = share.group * kRing + i % kRing;
   return {ring + (int64_t)slot * args.slabs * kSums,
           ring + (int64_t)args.groups * kRing * args.slabs * kSums + slot * kTile * kStreams,
-          epoch + i / kRing + 1};
+          share.epoch + i / kRing + 1};
 }
 
-// One warp asks for a tile. Rows beyond the last token keep what shared memory held: nothing reads
-// their results.
+// Where eight columns, a piece of 0..31, of a token's stream lie in a tile.
+__device__ __forceinline__ int piece_at(int token, int stream, int piece) {
+  const int row = token * kStreams + stream;
+  return piece / 8 * kBoxBytes + row * 128 + ((piece ^ row) & 7) * 16;
+}
+
+// What the copy engine reads and writes: boxes of 64 columns and all streams; of a, all columns.
+struct Maps {
+  CUtensorMap x, a, streams;
+};
+
+__device__ __forceinline__ void load_box(uint32_t smem, const CUtensorMap* map, int column, int token,
+                                         uint32_t bar) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(smem),
+      "l"(map), "r"(bar), "r"(column), "r"(0), "r"(token)
+      : "memory");
+}
+__device__ __forceinline__ void load_rows(uint32_t smem, const CUtensorMap* map, int column, int token,
+                                          uint32_t bar) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4}], [%2];" ::"r"(smem),
+      "l"(map), "r"(bar), "r"(column), "r"(token)
+      : "memory");
+}
+__device__ __forceinline__ void store_box(const CUtensorMap* map, uint32_t smem, int column, int token) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
+      "r"(smem), "r"(column), "r"(0), "r"(token)
+      : "memory");
+}
+__device__ __forceinline__ void stores_end() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// All but the latest kPending groups of stores have read shared memory.
+template <int kPending>
+__device__ __forceinline__ void stores_have_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+// One thread asks for a tile. Rows beyond the last token become zeros.
 template <Mode kMode>
-__device__ __forceinline__ void load_tile(const Arguments& args, uint32_t stage, uint32_t side,
-                                          uint32_t full, int64_t first, int slab, int lane) {
+__device__ __forceinline__ void load_tile(const Arguments& args, const Maps& maps, uint32_t stage,
+                                          uint32_t side, uint32_t full, int64_t first, int slab) {
+  constexpr bool kPost = kMode == Mode::kPostPre;
   int64_t left = args.tokens - first;
   int live = left < kTile ? (int)left : kTile;
-  constexpr bool kPost = kMode == Mode::kPostPre;
-  if (lane == 0) {
-    expect_bytes(full, live * (kTokenBytes + (kPost ? kStreamBytes + kFactorBytes : 0)));
-  }
-  __syncwarp();
-  for (int i = lane; i < live * kStreams; i += 32) {
-    int token = i / kStreams, stream = i % kStreams;
-    bulk_copy(stage + token * kTokenBytes + stream * kStreamBytes,
-              args.x + (first + token) * args.x_token + stream * args.x_stream + slab * kSlab,
-              kStreamBytes, full);
+  expect_bytes(full, kStageBytes + (kPost ? kTile * kStreamBytes + live * kFactorBytes : 0));
+#pragma unroll
+  for (int box = 0; box < kBoxes; ++box) {
+    load_box(stage + box * kBoxBytes, &maps.x, slab * kSlab + box * kBoxColumns, (int)first, full);
   }
   if constexpr (kPost) {
-    if (lane < live) {
-      bulk_copy(side + lane * kStreamBytes, args.a + (first + lane) * args.a_token + slab * kSlab,
-                kStreamBytes, full);
-    } else if (lane == 30) {
-      bulk_copy(side + kTile * kStreamBytes, args.post_in + first * 4, live * 16, full);
-    } else if (lane == 31) {
-      bulk_copy(side + kTile * (kStreamBytes + 16), args.comb_in + first * 16, live * 64, full);
-    }
+    load_rows(side, &maps.a, slab * kSlab, (int)first, full);
+    side += kTile * kStreamBytes;
+    bulk_copy(side, args.post_in + first * 4, live * 16, full);
+    bulk_copy(side + kTile * 16, args.comb_in + first * 16, live * 64, full);
   }
 }
 
 // hc_post on 128 columns of one token of the tile in shared memory, in place.
-__device__ __forceinline__ void make_streams(const Arguments& args, char* stage, const char* side,
-                                             int64_t first, int slab, int token, int half, int lane) {
-  char* mine = stage + token * kTokenBytes + half * 256 + lane * 8;
+__device__ __forceinline__ void make_streams(char* stage, const char* side, int token, int half,
+                                             int lane) {
+  const int piece = half * 16 + lane / 2, within = lane % 2 * 8;
   const float* factors = reinterpret_cast<const float*>(side + kTile * kStreamBytes);
   uint2 a = *reinterpret_cast<const uint2*>(side + token * kStreamBytes + half * 256 + lane * 8);
   uint2 x[kStreams];
 #pragma unroll
-  for (int j = 0; j < kStreams; ++j) x[j] = *reinterpret_cast<const uint2*>(mine + j * kStreamBytes);
-  bool live = first + token < args.tokens;
-  __nv_bfloat16* to =
-      args.streams + ((first + token) * kStreams * args.dim) + slab * kSlab + half * 128 + lane * 4;
+  for (int j = 0; j < kStreams; ++j) {
+    x[j] = *reinterpret_cast<const uint2*>(stage + piece_at(token, j, piece) + within);
+  }
 #pragma unroll
   for (int k = 0; k < kStreams; ++k) {
     float post = factors[token * kStreams + k], comb[kStreams];
@@ -106,56 +151,55 @@ __device__ __forceinline__ void make_streams(const Arguments& args, char* stage,
     for (int j = 0; j < kStreams; ++j) comb[j] = factors[kTile * kStreams + token * 16 + j * 4 + k];
     uint32_t near[kStreams] = {x[0].x, x[1].x, x[2].x, x[3].x};
     uint32_t far[kStreams] = {x[0].y, x[1].y, x[2].y, x[3].y};
-    uint2 mixed = {mix_pair(post, comb, a.x, near), mix_pair(post, comb, a.y, far)};
-    *reinterpret_cast<uint2*>(mine + k * kStreamBytes) = mixed;
-    if (live) *reinterpret_cast<uint2*>(to + (int64_t)k * args.dim) = mixed;
+    *reinterpret_cast<uint2*>(stage + piece_at(token, k, piece) + within) =
+        make_uint2(mix_pair(post, comb, a.x, near), mix_pair(post, comb, a.y, far));
   }
 }
 
 // Mixing warps: the sums of each tile over this block's columns, to the tokens' owners.
 template <Mode kMode>
-__device__ __forceinline__ void mix_tiles(const Arguments& args, char* memory, uint32_t ready, int group,
-                                          int slab, int tiles, uint32_t epoch) {
+__device__ __forceinline__ void mix_tiles(const Arguments& args, char* memory, uint32_t ready,
+                                          const Share share) {
   using L = Layout<kMode>;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   float* partial = reinterpret_cast<float*>(memory + L::kPartial);
-  Step weight[kSteps];
-  {
-    RawWeight raw;
-    load_raw<kMode>(raw, args, slab, warp, lane);
+  Step weight[2][kSteps];
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) split_step(weight[step], raw, step);
+  for (int unit = 0; unit < 2; ++unit) {
+    RawWeight raw;
+    load_raw<kMode>(raw, args, share.slab, warp * 2 + unit, lane);
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) split_step(weight[unit][step], raw, step);
   }
-  // Neighbouring tokens read the two halves of their columns in opposite order: no bank twice.
-  const bool odd = lane / 4 % 2;
-  const int from = lane / 4 * kTokenBytes + warp / 4 * kStreamBytes + warp % 4 * 128 + lane % 4 * 16;
-  const int token = thread / kRecord, record = thread % kRecord;
-  for (int i = 0; i < tiles; ++i) {
+  // The first half of this lane's columns; the other one lies where bit 2 of the piece is flipped. The
+  // second unit is the next box.
+  const int from = piece_at(lane / 4, warp / 2, warp % 2 * 16 + lane % 4);
+  for (int i = 0; i < share.tiles; ++i) {
     const int stage = i % L::kStages;
     mbar_wait(ready + stage * 8, i / L::kStages & 1);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const char* at = memory + stage * kStageBytes + half * 8 * kTokenBytes + from;
-      uint4 near = *reinterpret_cast<const uint4*>(at + (odd ? 64 : 0));
-      uint4 far = *reinterpret_cast<const uint4*>(at + (odd ? 0 : 64));
-      Sums sums = {};
+    for (int unit = 0; unit < 2; ++unit) {
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        const uint32_t* mine = step < 2 ? &near.x : &far.x;
-        const uint32_t* other = step < 2 ? &far.x : &near.x;
-        const int word = step % 2 * 2;
-        mix_step<kMode>(sums, weight[step], odd ? other[word] : mine[word],
-                        odd ? other[word + 1] : mine[word + 1]);
+      for (int half = 0; half < 2; ++half) {
+        const char* at = memory + stage * kStageBytes + half * 8 * kStreams * 128 + unit * kBoxBytes;
+        Sums sums = {};
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+          const uint4 x = *reinterpret_cast<const uint4*>(at + (from ^ side * 64));
+          mix_step<kMode>(sums, weight[unit][side * 2], x.x, x.y);
+          mix_step<kMode>(sums, weight[unit][side * 2 + 1], x.z, x.w);
+        }
+        store_sums(sums, partial + (warp * 2 + unit) * kSums + half * 8 * kRecord, lane);
       }
-      store_sums(sums, partial + warp * kSums + half * 8 * kRecord, lane);
     }
     named_barrier(1, kMixers);
-    if (thread < kSums) {
-      float sum = partial[thread];
+    const Words words = words_of(args, share, i);
+    for (int at = thread; at < kSums; at += kMixers) {
+      float sum = partial[at];
 #pragma unroll
-      for (int w = 1; w < kWarps; ++w) sum += partial[w * kSums + thread];
-      const Words words = words_of(args, group, i, epoch);
-      store_word(words.sums + (token * args.slabs + slab) * kRecord + record, sum, words.tag);
+      for (int unit = 1; unit < kUnits; ++unit) sum += partial[unit * kSums + at];
+      const int token = at / kRecord, record = at % kRecord;
+      store_word(words.sums + (token * args.slabs + share.slab) * kRecord + record, sum, words.tag);
     }
     named_barrier(1, kMixers);
   }
@@ -163,114 +207,146 @@ __device__ __forceinline__ void mix_tiles(const Arguments& args, char* memory, u
 
 // Warps that make the streams of a tile (hc_post_pre) and collapse one whose factors have come.
 template <Mode kMode>
-__device__ __forceinline__ void column_tiles(const Arguments& args, char* memory, uint32_t full, int group,
-                                             int slab, int tiles, uint32_t epoch, int warp, int lane) {
+__device__ __forceinline__ void column_tiles(const Arguments& args, const Maps& maps, char* memory,
+                                             uint32_t full, const Share share, int warp, int lane) {
   using L = Layout<kMode>;
   const uint32_t made = full + L::kStages * 8, empty = made + L::kStages * 8;
-  auto first_token = [&](int i) { return (int64_t)(group + i * args.groups) * kTile; };
-  auto factors_of = [&](int i) {  // 16 lanes: four tokens' factors
-    return words_of(args, group, i, epoch).factors + warp * 16 + lane % 16;
-  };
-  for (int i = 0; i < tiles + L::kLag; ++i) {
+  auto first_token = [&](int i) { return (int64_t)(share.group + i * args.groups) * kTile; };
+  for (int i = 0; i < share.tiles + L::kLag; ++i) {
     if constexpr (kMode == Mode::kPostPre) {
-      if (i < tiles) {
+      if (i < share.tiles) {
         const int stage = i % L::kStages;
         mbar_wait(full + stage * 8, i / L::kStages & 1);
 #pragma unroll 1
-        for (int n = 0; n < 8; ++n) {
-          make_streams(args, memory + stage * kStageBytes, memory + L::kSide + i % kSides * kSideBytes,
-                       first_token(i), slab, warp * 4 + n / 2, n % 2, lane);
+        for (int n = 0; n < kPart * 2; ++n) {
+          make_streams(memory + stage * kStageBytes, memory + L::kSide + i % kSides * kSideBytes,
+                       warp * kPart + n / 2, n % 2, lane);
         }
-        fence_async_proxy();  // the copy engine writes here next
+        fence_async_proxy();  // the copy engine reads this, and writes here next
         __syncwarp();
-        if (lane == 0) mbar_arrive(made + stage * 8);
+        if (lane == 0) {
+          mbar_arrive(made + stage * 8);
+          const uint32_t from = smem_address(memory + stage * kStageBytes) + warp * kPart * kStreams * 128;
+#pragma unroll
+          for (int box = 0; box < kBoxes; ++box) {
+            store_box(&maps.streams, from + box * kBoxBytes, share.slab * kSlab + box * kBoxColumns,
+                      (int)first_token(i) + warp * kPart);
+          }
+          stores_end();
+        }
       }
     }
     const int j = i - L::kLag;
     if (j < 0) continue;
     const int stage = j % L::kStages;
-    const uint64_t* from = factors_of(j);
-    const uint32_t tag = epoch + j / kRing + 1;
-    uint64_t word;
+    const Words words = words_of(args, share, j);
+    uint64_t word;  // 16 lanes: four tokens' factors
     do {
-      word = load_word(from);
-    } while (!__all_sync(~0u, (uint32_t)(word >> 32) == tag));
+      word = load_word(words.factors + warp * 16 + lane % 16);
+    } while (!__all_sync(~0u, (uint32_t)(word >> 32) == words.tag));
     const float mine = __uint_as_float((uint32_t)word);
     // The factors depend on the tile's data, so it has landed; the wait makes the copies visible.
     mbar_wait(full + stage * 8, j / L::kStages & 1);
-#pragma unroll
-    for (int t = 0; t < 4; ++t) {
+#pragma unroll 1
+    for (int t = 0; t < kPart; ++t) {
       float4 pre;
 #pragma unroll
       for (int s = 0; s < kStreams; ++s) (&pre.x)[s] = __shfl_sync(~0u, mine, t * 4 + s);
-      const int token = warp * 4 + t;
-      const char* at = memory + stage * kStageBytes + token * kTokenBytes + lane * 16;
+      const int token = warp * kPart + t;
+      const char* at = memory + stage * kStageBytes;
       uint4 x[kStreams];
 #pragma unroll
-      for (int s = 0; s < kStreams; ++s) x[s] = *reinterpret_cast<const uint4*>(at + s * kStreamBytes);
+      for (int s = 0; s < kStreams; ++s) {
+        x[s] = *reinterpret_cast<const uint4*>(at + piece_at(token, s, lane));
+      }
       if (first_token(j) + token < args.tokens) {
-        *reinterpret_cast<uint4*>(args.out + (first_token(j) + token) * args.dim + slab * kSlab +
-                                  lane * 8) = collapse_columns(pre, x);
+        *reinterpret_cast<uint4*>(args.out + (first_token(j) + token) * args.dim +
+                                  share.slab * kSlab + lane * 8) = collapse_columns(pre, x);
       }
     }
     __syncwarp();
-    if (lane == 0) mbar_arrive(empty + stage * 8);
+    if (lane == 0) {
+      if constexpr (kMode == Mode::kPostPre) stores_have_read<L::kLag>();
+      mbar_arrive(empty + stage * 8);
+    }
   }
 }
 
 // A serving warp: finishes this block's token of every third tile.
 template <Mode kMode>
-__device__ __forceinline__ void serve_tiles(const Arguments& args, int group, int slab, int tiles,
-                                            uint32_t epoch, int who, int lane) {
+__device__ __forceinline__ void serve_tiles(const Arguments& args, const Share share, int who,
+                                            int lane) {
   const int record = lane < kRecord ? lane : kRecord - 1;
   const Affine affine = load_affine<kMode>(args, record);
-  for (int i = who; i < tiles; i += kServers) {
-    const Words words = words_of(args, group, i, epoch);
-    const uint64_t* from = words.sums + slab * args.slabs * kRecord + record;
+  for (int i = who; i < share.tiles; i += kServers) {
+    const Words words = words_of(args, share, i);
+    const uint64_t* from = words.sums + share.slab * args.slabs * kRecord + record;
     float sum = 0.0f;
-    for (int s = 0; s < args.slabs; s += 4) {  // slabs: a multiple of four
-      uint64_t word[4];
+#pragma unroll 1
+    for (int left = args.slabs; left > 0; left -= kTogether, from += kTogether * kRecord) {
+      uint64_t word[kTogether];
       bool all;
       do {
         all = true;
 #pragma unroll
-        for (int k = 0; k < 4; ++k) word[k] = load_word(from + (s + k) * kRecord);
+        for (int k = 0; k < kTogether; ++k) {
+          if (k < left) word[k] = load_word(from + k * kRecord);
+        }
 #pragma unroll
-        for (int k = 0; k < 4; ++k) all = all && (uint32_t)(word[k] >> 32) == words.tag;
+        for (int k = 0; k < kTogether; ++k) {
+          all = all && (k >= left || (uint32_t)(word[k] >> 32) == words.tag);
+        }
       } while (!__all_sync(~0u, all));
 #pragma unroll
-      for (int k = 0; k < 4; ++k) sum += __uint_as_float((uint32_t)word[k]);
+      for (int k = 0; k < kTogether; ++k) {
+        if (k < left) sum += __uint_as_float((uint32_t)word[k]);
+      }
     }
-    const float squares = __shfl_sync(~0u, sum, 4);
+    const float squares = __shfl_sync(~0u, sum, kSquares);
     const float logit = logit_of(args, sum, squares, affine);
     if (lane < kStreams) {
-      store_word(words.factors + slab * kStreams + lane, sigmoid(logit) + args.eps, words.tag);
+      store_word(words.factors + share.slab * kStreams + lane, sigmoid(logit) + args.eps, words.tag);
     }
     if constexpr (kMode != Mode::kHead) {
-      const int64_t row = (int64_t)(group + i * args.groups) * kTile + slab;
-      float c[16];
-#pragma unroll
-      for (int n = 0; n < 16; ++n) c[n] = __shfl_sync(~0u, logit, 9 + n);
-      if (row >= args.tokens) continue;
-      if (lane > 4 && lane < 9) args.post[row * 4 + lane - 5] = 2.0f * sigmoid(logit);
-      finish_comb(c, args.iters, args.eps);
-      if (lane == 0) store_comb(args.comb + row * 16, c);
+      const int64_t row = (int64_t)(share.group + i * args.groups) * kTile + share.slab;
+      if (row < args.tokens) {
+        if (lane >= 4 && lane < 8) args.post[row * 4 + lane - 4] = 2.0f * sigmoid(logit);
+        if (lane >= 8 && lane < 24) args.comb[row * 16 + lane - 8] = logit;  // for comb_kernel
+      }
     }
   }
 }
 
+// comb of every token from the logits that lie there.
+__global__ void __launch_bounds__(128) comb_kernel(float* comb, int64_t tokens, int iters, float eps) {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  const int64_t token = (int64_t)blockIdx.x * 128 + threadIdx.x;
+  if (token >= tokens) return;
+  float4 rows[kStreams];
+#pragma unroll
+  for (int j = 0; j < kStreams; ++j) rows[j] = reinterpret_cast<const float4*>(comb + token * 16)[j];
+  float c[16];
+#pragma unroll
+  for (int n = 0; n < 16; ++n) c[n] = (&rows[n / 4].x)[n % 4];
+  finish_comb(c, iters, eps);
+  store_comb(comb + token * 16, c);
+}
+
 template <Mode kMode>
-__global__ void __launch_bounds__(kAllThreads, 1) hc_kernel(const __grid_constant__ Arguments args) {
+__global__ void __launch_bounds__(kAllThreads, 1) hc_kernel(const __grid_constant__ Arguments args,
+                                                               const __grid_constant__ Maps maps) {
   using L = Layout<kMode>;
-  extern __shared__ __align__(128) char memory[];
-  const int group = blockIdx.x / args.slabs, slab = blockIdx.x % args.slabs;
+  extern __shared__ __align__(1024) char memory[];
+  __shared__ Share shared;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const int all = (int)((args.tokens + kTile - 1) / kTile);
-  const int tiles = (all - group + args.groups - 1) / args.groups;
   const uint32_t full = smem_address(memory + L::kFull);
   const uint32_t made = full + L::kStages * 8, empty = made + L::kStages * 8;
-  const uint32_t epoch = *reinterpret_cast<volatile unsigned*>(args.flags);
+  const int all = (int)((args.tokens + kTile - 1) / kTile);
   if (thread == 0) {
+    shared.group = blockIdx.x / args.slabs;
+    shared.slab = blockIdx.x % args.slabs;
+    shared.tiles = (all - shared.group + args.groups - 1) / args.groups;
+    shared.epoch = *reinterpret_cast<volatile unsigned*>(args.flags);
     for (int s = 0; s < L::kStages; ++s) {
       mbar_init(full + s * 8, 1);
       mbar_init(made + s * 8, kColumnWarps);
@@ -279,34 +355,37 @@ __global__ void __launch_bounds__(kAllThreads, 1) hc_kernel(const __grid_constan
     mbar_fence_init();
   }
   __syncthreads();
-  if (warp < kWarps) {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 96;");
-    mix_tiles<kMode>(args, memory, kMode == Mode::kPostPre ? made : full, group, slab, tiles, epoch);
+  if (warp < kMixWarps) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 192;");
+    mix_tiles<kMode>(args, memory, kMode == Mode::kPostPre ? made : full, shared);
   } else {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 48;");
-    if (warp < kWarps + kColumnWarps) {
-      column_tiles<kMode>(args, memory, full, group, slab, tiles, epoch, warp - kWarps, lane);
-    } else if (warp == kWarps + kColumnWarps) {
-      for (int i = 0; i < tiles; ++i) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
+    const Share share = shared;
+    if (warp < kMixWarps + kColumnWarps) {
+      column_tiles<kMode>(args, maps, memory, full, share, warp - kMixWarps, lane);
+    } else if (warp == kMixWarps + kColumnWarps) {
+      for (int i = 0; lane == 0 && i < share.tiles; ++i) {
         const int stage = i % L::kStages;
         if (i >= L::kStages) mbar_wait(empty + stage * 8, (i / L::kStages - 1) & 1);
         if (kMode == Mode::kPostPre && i >= kSides) {
           mbar_wait(made + (i - kSides) % L::kStages * 8, (i - kSides) / L::kStages & 1);
         }
-        load_tile<kMode>(args, smem_address(memory + stage * kStageBytes),
+        load_tile<kMode>(args, maps, smem_address(memory + stage * kStageBytes),
                          smem_address(memory + L::kSide + i % kSides * kSideBytes), full + stage * 8,
-                         (int64_t)(group + i * args.groups) * kTile, slab, lane);
+                         (int64_t)(share.group + i * args.groups) * kTile, share.slab);
       }
-    } else if (slab < kTile) {
-      serve_tiles<kMode>(args, group, slab, tiles, epoch, warp - kWarps - kColumnWarps - 1, lane);
+    } else if (share.slab < kTile) {
+      serve_tiles<kMode>(args, share, warp - kMixWarps - kColumnWarps - 1, lane);
     }
   }
+  __syncwarp();
   __syncthreads();
   // The last block moves the epoch on: the next launch meets no tag of this one.
+  asm volatile("griddepcontrol.launch_dependents;");
   if (thread == 0) {
     __threadfence();
     if (atomicInc(args.flags + 1, gridDim.x - 1) == gridDim.x - 1) {
-      args.flags[0] = epoch + all / kRing + 2;
+      args.flags[0] = shared.epoch + all / kRing + 2;
       __threadfence();
     }
   }

@@ -1,0 +1,96 @@
+"""The fused hyper-connection ops on the GPU: the bits of the single ops, norm and FP8 form behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.quant_rows.api import QuantRows
+from tests.helpers.gpu import Implementation, assert_rows_alone, there
+from tests.helpers.strided import column_slice
+
+pytestmark = pytest.mark.gpu
+fused = Implementation("kernels.hc_norm.cuda_impl")
+single = Implementation("kernels.hc.cuda_impl")
+both = Implementation("kernels.hc_post_pre.cuda_impl")
+norm = Implementation("kernels.quant_rows.cuda_impl")
+PRE = {"iters": 20, "eps": 1e-6, "norm_eps": 1e-6}
+# One cluster, several, tiles; widths with one and two slabs a block.
+SHAPES = [
+    (1, 4096),
+    (13, 4096),
+    (64, 4096),
+    (150, 4096),
+    (11, 7168),
+    (90, 7168),
+    (9, 5120),
+    (0, 4096),
+]
+
+
+def params(dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    return there(
+        (torch.randn(24, 4 * dim) * (4 * dim) ** -0.5, torch.rand(3) + 0.5, torch.randn(24) * 0.5)
+    )
+
+
+def parts(results: tuple[object, ...]) -> list[Tensor]:
+    """The tensors of a result, codes as bytes."""
+    flat: list[Tensor] = []
+    for item in results:
+        if isinstance(item, QuantRows):
+            flat += [item.q.view(torch.uint8), item.scale]
+        else:
+            assert isinstance(item, Tensor)
+            flat.append(item)
+    return flat
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "dim"), SHAPES)
+def test_the_bits_of_the_single_ops(tokens: int, dim: int, weight_dtype: torch.dtype) -> None:
+    x = there(column_slice((torch.randn(tokens, 4, dim) * 2).bfloat16()))
+    a = there(column_slice(torch.randn(tokens, dim).bfloat16()))
+    post, comb = there((torch.rand(tokens, 4) * 2, torch.rand(tokens, 4, 4)))
+    weight = there((torch.rand(dim) + 0.5).to(weight_dtype))
+    mix = params(dim)
+
+    def pre(s: slice) -> list[Tensor]:
+        return parts(fused.hc_pre_norm(x[s], *mix, weight, rms_eps=1e-5, **PRE))
+
+    def post_pre(s: slice) -> list[Tensor]:
+        args = (a[s], x[s], post[s], comb[s])
+        return parts(fused.hc_post_pre_norm(*args, *mix, weight, rms_eps=1e-5, **PRE))
+
+    out, *factors = single.hc_pre(x, *mix, **PRE)
+    want = parts((*norm.rms_norm_quant(out, weight, 1e-5), *factors))
+    streams, out, *factors = both.hc_post_pre(a, x, post, comb, *mix, **PRE)
+    more = parts((streams, *norm.rms_norm_quant(out, weight, 1e-5), *factors))
+    rows = sorted({0, tokens // 2, tokens - 1}) if tokens else []
+    for run, expected in ((pre, want), (post_pre, more)):
+        for part, (got, tensor) in enumerate(zip(run(slice(None)), expected, strict=True)):
+            assert torch.equal(got, tensor)
+            assert_rows_alone(lambda s, f=run, p=part: f(s)[p], got, rows)
+
+
+def test_not_a_number_stays_in_its_row() -> None:
+    x = there((torch.randn(5, 4, 4096)).bfloat16())
+    weight, mix = there(torch.rand(4096)), params(4096)
+    clean = parts(fused.hc_pre_norm(x, *mix, weight, rms_eps=1e-5, **PRE))
+    x[2, 1, 77] = float("nan")
+    normed, rows, _, _ = fused.hc_pre_norm(x, *mix, weight, rms_eps=1e-5, **PRE)
+    assert bool(normed[2].isnan().all())
+    assert bool((rows.scale[2] == 255).all())
+    for got, want in zip((normed, rows.scale), (clean[0], clean[2]), strict=True):
+        assert torch.equal(got[[0, 1, 3, 4]], want[[0, 1, 3, 4]])
+
+
+def test_float32_and_other_widths_run_the_single_ops() -> None:
+    for dtype, dim in ((torch.float32, 4096), (torch.bfloat16, 128)):
+        x, mix = there(torch.randn(3, 4, dim).to(dtype)), params(dim)
+        weight = there(torch.rand(dim))
+        out, *factors = single.hc_pre(x, *mix, **PRE)
+        want = parts((*norm.rms_norm_quant(out, weight, 1e-5), *factors))
+        got = parts(fused.hc_pre_norm(x, *mix, weight, rms_eps=1e-5, **PRE))
+        assert all(map(torch.equal, got, want))
