@@ -111,6 +111,5 @@ class MoE:
         )
 
     def _shared(self, x: Activations) -> Tensor:
-        gate, up = self.w1_w3.split(self.projector.product(x, self.w1_w3.weight))
-        a = self.projector.swiglu(gate, up, self.w2, self.limit)
-        return self.projector.product(a, self.w2)
+        hidden = self.projector.gated(x, self.w1_w3, self.w2, self.limit)
+        return self.projector.product(hidden, self.w2)

@@ -16,8 +16,10 @@ from kernels import (
     Numerics,
     PreparedWeight,
     QuantRows,
+    StackedWeight,
     linear,
     linear_quant,
+    linear_swiglu_quant,
     rms_norm,
     rms_norm_quant,
     swiglu,
@@ -85,8 +87,17 @@ class Projector:
             return linear_quant(x.quant, w, out_dtype=dtype)
         return linear(x.wide(), w, quantize=self.quantize, out_dtype=dtype)
 
-    def swiglu(self, gate: Tensor, up: Tensor, reader: PreparedWeight, limit: float) -> Activations:
-        """Clamped SwiGLU of two products [T, k], read by one weight."""
-        if self.fused and reader.kind.rounds_activations:
+    def gated(
+        self, x: Activations, gate_up: StackedWeight, reader: PreparedWeight, limit: float
+    ) -> Activations:
+        """Clamped SwiGLU of the two products of ``gate_up`` [T, k], read by one weight."""
+        w = gate_up.weight
+        fp8 = self.fused and reader.kind.rounds_activations
+        whole = 2 * gate_up.columns[1].start == w.out_features  # two halves, no padding
+        if fp8 and whole and x.quant is not None and w.kind.rounds_activations:
+            rows = linear_swiglu_quant(x.quant, w, limit=limit, hidden_dtype=self.dtype)
+            return Activations(None, rows)
+        gate, up = gate_up.split(self.product(x, w))
+        if fp8:
             return Activations(None, swiglu_quant(gate, up, limit=limit))
         return Activations(swiglu(gate, up, limit=limit), None)
