@@ -36,4 +36,10 @@ def sample_partial(
 def merge_samples(score: Tensor, ids: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """See ``kernels.sample_partial.api.merge_samples``."""
     rank = score.argmax(0, keepdim=True)
-    return ids.gather(0, rank)[0], torch.logsumexp(lse, 0)
+    top = lse.amax(0)
+    level = top.where(top.isfinite(), 0.0)
+    # Rank by rank: torch's own sum takes an order that depends on the number of rows.
+    total = torch.zeros_like(level)
+    for part in lse:
+        total = total + (part - level).exp()
+    return ids.gather(0, rank)[0], total.log() + level

@@ -152,11 +152,20 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant_
       for (int c = 0; c < 4; ++c)
         if (column + c < a.columns) tops_here.add(v[c], column + c);
     } else {
+      uint64_t hash[4];
+      bool passes = false;
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        uint64_t hash = mix(counter + c * kWeyl);
-        if (!(fmaf(v[c] - r.peak, r.inverse, noise_bound(hash)) < least) && column + c < a.columns)
-          tops_here.add(r.estimate(v[c], hash), column + c);
+        hash[c] = mix(counter + c * kWeyl);
+        passes |= !(fmaf(v[c] - r.peak, r.inverse, noise_bound(hash[c])) < least);
+      }
+      if (passes) {
+        float score[4];
+#pragma unroll
+        for (int c = 0; c < 4; ++c) score[c] = r.estimate(v[c], hash[c]);
+#pragma unroll
+        for (int c = 0; c < 4; ++c)
+          if (column + c < a.columns) tops_here.add(score[c], column + c);
       }
       counter += kStride * kWeyl;
       if (at == start) {
