@@ -271,14 +271,21 @@ def decode_cases() -> Iterator[Case]:
 
 
 def merge_cases() -> Iterator[Case]:
-    o = torch.randn(5, 128, 64, 512, device="cuda", dtype=torch.bfloat16)
-    lse = torch.randn(5, 128, 64, device="cuda")
-    yield Case(
-        op="merge_lse",
-        shape="5 x 128 x 64 x 512",
-        calls=[lambda: merge.merge_lse(o, lse)],
-        moved_bytes=6 * 128 * 64 * 1024.0,
-    )
+    for parts, rows in [(4, 1), (4, 32), (5, 128), (4, 4096)]:
+        sets = 1 if rows > 128 else 4
+        inputs = [
+            (
+                torch.randn(parts, rows, 64, 512, device="cuda", dtype=torch.bfloat16),
+                torch.randn(parts, rows, 64, device="cuda"),
+            )
+            for _ in range(sets)
+        ]
+        yield Case(
+            op="merge_lse",
+            shape=f"{parts} x {rows} x 64 x 512",
+            calls=[lambda x=x: merge.merge_lse(*x) for x in inputs],
+            moved_bytes=(parts + 1) * rows * 64 * 1024.0,
+        )
 
 
 GROUPS: dict[str, Callable[[], Iterator[Case]]] = {

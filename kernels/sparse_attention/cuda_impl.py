@@ -21,10 +21,19 @@ from kernels.sparse_attention.api import EntryPages, WindowRing, WindowRows
 
 _FOLDER = Path(__file__).parent / "cuda"
 _PREFILL = (_FOLDER / "prefill.cu", _FOLDER / "pages.cuh")
-_DECODE = (_FOLDER / "decode.cu", _FOLDER / "pages.cuh")
+_DECODE = tuple(
+    _FOLDER / name
+    for name in (
+        "decode.cu",
+        "decode_plan.cuh",
+        "pages.cuh",
+        "products.cuh",
+        "query_map.h",
+    )
+)
 _DIM, _ROPE = 512, 64
 _HEAD_TILE = 64
-_CHUNK = 160  # keys; as in decode.cu
+_CHUNK = 160  # keys; as in decode_plan.cuh
 _PARTIAL_BYTES = 1 << 29  # partial results of chunks kept at once
 _FORMATS = {CacheDtype.FP8: 0, CacheDtype.BF16: 1, CacheDtype.FP32: 2}
 
@@ -132,19 +141,19 @@ def _decode(
     library = load_library(*_DECODE)
     rows, heads, dim = q.shape
     keys = 0 if window is None else window.slots.shape[1]
-    if entries is not None and entries.index is not None:
-        keys += entries.index.shape[1]
-    elif entries is not None:
-        keys += entries.block_table.shape[1] * entries.layout.entries_per_page
+    capacity = 0
+    if entries is not None:
+        capacity = entries.block_table.shape[1] * entries.layout.entries_per_page
+        keys += capacity if entries.index is None else entries.index.shape[1]
     chunks = max(1, -(-keys // _CHUNK))
-    step = rows
-    partial = stats = None
+    tiles, tile_heads = -(-heads // _HEAD_TILE), min(heads, _HEAD_TILE)
+    step, partial, stats = rows, None, None
     if chunks > 1:
-        blocks_per_row = -(-heads // _HEAD_TILE) * chunks
-        step = max(1, min(rows, _PARTIAL_BYTES // (blocks_per_row * _HEAD_TILE * dim * 2)))
-        blocks = step * blocks_per_row
-        partial = torch.empty(blocks, _HEAD_TILE, dim, dtype=torch.bfloat16, device=q.device)
-        stats = torch.empty(blocks, 2, _HEAD_TILE, dtype=torch.float32, device=q.device)
+        row_bytes = tiles * chunks * tile_heads * dim * 2
+        step = max(1, min(rows, _PARTIAL_BYTES // row_bytes))
+        items = step * tiles * chunks
+        partial = torch.empty(items, tile_heads, dim, dtype=torch.bfloat16, device=q.device)
+        stats = torch.empty(items, tile_heads, 2, dtype=torch.float32, device=q.device)
     ring = () if window is None else _pages(window.pool, window.layout)
     pages = () if entries is None else _pages(entries.pool, entries.layout)
     no_pages = (pointer(None), ctypes.c_int64(0), ctypes.c_int(1), ctypes.c_int(0))
@@ -168,6 +177,8 @@ def _decode(
             ctypes.c_int(part.stop - part.start),
             ctypes.c_int(heads),
             ctypes.c_int(chunks),
+            ctypes.c_int(capacity),
+            ctypes.c_int(_processors(q.device.index or 0)),
             stream(q),
         )
         check_launch("sparse_attention: decode", code)

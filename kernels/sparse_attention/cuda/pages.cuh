@@ -28,71 +28,65 @@ struct Entries {
   const int64_t* num_entries;
 };
 
-// 4 e4m3 codes -> 4 bfloat16 values * 2^(byte - 127). The code's bits moved into a bfloat16 are the
-// value times 2^-120, subnormals included; one exact multiplication puts the exponent right.
-__device__ __forceinline__ uint2 e4m3x4_to_bf16(uint32_t codes, uint32_t scale_byte) {
+// 4 e4m3 codes -> 4 bfloat16 values times 2^-120: the code's bits, moved to a bfloat16's places. Subnormal
+// codes become subnormal values, so one exact multiplication puts the exponent right.
+__device__ __forceinline__ uint2 spread_codes(uint32_t codes) {
   uint32_t low = __byte_perm(codes, 0, 0x1404), high = __byte_perm(codes, 0, 0x3424);
   low = ((low >> 4) & 0x07f007f0u) | (low & 0x80008000u);
   high = ((high >> 4) & 0x07f007f0u) | (high & 0x80008000u);
-  uint32_t factor = min(scale_byte + 120u, 254u) << 7;
-  factor |= factor << 16;
-  auto multiply = [](uint32_t a, uint32_t b) {
-    uint32_t r;
-    asm("mul.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-    return r;
-  };
-  low = multiply(low, factor), high = multiply(high, factor);
-  if (scale_byte > 134u) {  // larger factors do not fit a bfloat16: twice
-    factor = (scale_byte - 7u) << 7;
-    factor |= factor << 16;
-    low = multiply(low, factor), high = multiply(high, factor);
-  }
   return make_uint2(low, high);
 }
+__device__ __forceinline__ uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("mul.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
 
-// A quarter of an fp8 entry: what lane q = 0..3 of a quad reads of it.
-struct Fp8Quarter {
-  uint4 raw[9];
-  uint32_t scale[2];
+constexpr uint32_t kLargestScale = 134;  // whose factor is a bfloat16; larger ones multiply twice
 
-  __device__ __forceinline__ void clear() {
+// 16 codes of one E8M0 scale -> 16 bfloat16 values. any_large: some scale of the warp is above kLargestScale.
+__device__ __forceinline__ void decode_codes(uint4 raw, uint32_t scale_byte, bool any_large, uint4 (&out)[2]) {
+  uint32_t factor = min(scale_byte + 120u, 254u) * 0x00800080u;
+  uint2 v[4] = {spread_codes(raw.x), spread_codes(raw.y), spread_codes(raw.z), spread_codes(raw.w)};
 #pragma unroll
-    for (int i = 0; i < 9; ++i) raw[i] = make_uint4(0, 0, 0, 0);
-    scale[0] = scale[1] = 0;
-  }
-  __device__ __forceinline__ void load(const Pages& p, const uint8_t* page, int offset, int q,
-                                       bool aligned) {
-    const uint8_t* entry = page + (int64_t)offset * kFp8Payload + q * 16;
-    const uint32_t* scales =
-        reinterpret_cast<const uint32_t*>(page + (int64_t)p.per_page * kFp8Payload + (int64_t)offset * 8);
+  for (int i = 0; i < 4; ++i) v[i].x = multiply_bf16x2(v[i].x, factor), v[i].y = multiply_bf16x2(v[i].y, factor);
+  if (any_large) {
+    factor = scale_byte > kLargestScale ? (scale_byte - 7u) * 0x00800080u : 0x3f803f80u;
 #pragma unroll
-    for (int i = 0; i < 9; ++i) raw[i] = load16(entry + 64 * i, aligned);
-    scale[0] = __ldg(scales), scale[1] = __ldg(scales + 1);
+    for (int i = 0; i < 4; ++i) v[i].x = multiply_bf16x2(v[i].x, factor), v[i].y = multiply_bf16x2(v[i].y, factor);
   }
-  // put(column, 8 bfloat16 values) for each of the lane's columns, a multiple of 8.
-  template <typename Put>
-  __device__ __forceinline__ void decode(int q, Put put) const {
-#pragma unroll
-    for (int i = 0; i < 7; ++i) {
-      uint32_t byte = (scale[i >> 2] >> (8 * (i & 3))) & 255u;
-      uint2 a = e4m3x4_to_bf16(raw[i].x, byte), b = e4m3x4_to_bf16(raw[i].y, byte);
-      uint2 c = e4m3x4_to_bf16(raw[i].z, byte), d = e4m3x4_to_bf16(raw[i].w, byte);
-      put(16 * (q + 4 * i), make_uint4(a.x, a.y, b.x, b.y));
-      put(16 * (q + 4 * i) + 8, make_uint4(c.x, c.y, d.x, d.y));
-    }
-    put(kNope + 8 * q, raw[7]);
-    put(kNope + 32 + 8 * q, raw[8]);
-  }
-};
+  out[0] = make_uint4(v[0].x, v[0].y, v[1].x, v[1].y);
+  out[1] = make_uint4(v[2].x, v[2].y, v[3].x, v[3].y);
+}
+
+// Byte of scale i = 0..6 of an entry's 8 bytes.
+__device__ __forceinline__ uint32_t scale_byte(uint2 scales, int i) {
+  return ((i < 4 ? scales.x : scales.y) >> (8 * (i & 3))) & 255u;
+}
+
+__device__ __forceinline__ const uint8_t* scales_of(const Pages& p, const uint8_t* page, int offset) {
+  return page + (int64_t)p.per_page * kFp8Payload + (int64_t)offset * 8;
+}
 
 // Entry `offset` of the page at `page` in any format, decoded by the 4 lanes of a quad.
 template <typename Put>
 __device__ __forceinline__ void decode_entry(const Pages& p, const uint8_t* page, int offset, int q,
                                              bool aligned, Put put) {
   if (p.format == kFp8) {
-    Fp8Quarter quarter;
-    quarter.load(p, page, offset, q, aligned);
-    quarter.decode(q, put);
+    const uint8_t* codes = page + (int64_t)offset * kFp8Payload + q * 16;
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(scales_of(p, page, offset));
+    uint2 scales = make_uint2(__ldg(words), __ldg(words + 1));
+    uint4 raw[9], values[2];
+#pragma unroll
+    for (int i = 0; i < 9; ++i) raw[i] = load16(codes + 64 * i, aligned);
+#pragma unroll
+    for (int i = 0; i < 7; ++i) {
+      decode_codes(raw[i], scale_byte(scales, i), true, values);
+      put(64 * i + 16 * q, values[0]);
+      put(64 * i + 16 * q + 8, values[1]);
+    }
+    put(kNope + 8 * q, raw[7]);
+    put(kNope + 32 + 8 * q, raw[8]);
     return;
   }
   const uint8_t* entry = page + (int64_t)offset * (p.format == kBf16 ? 2 * kDim : 4 * kDim);
@@ -133,13 +127,14 @@ __device__ __forceinline__ uint4 quad_transpose(uint32_t w0, uint32_t w1, uint32
   return upper ? make_uint4(c0, c1, b0, b1) : make_uint4(a0, a1, c0, c1);
 }
 
-// Row g + 8 i of a 64 x 256 accumulator, as bfloat16, in 16-byte stores: d[4 j + 2 i ..] are columns
+// Row g + 8 i of an accumulator of 64 rows, as bfloat16, in 16-byte stores: d[4 j + 2 i ..] are columns
 // 8 j + 2 t and the next. `to` null: nothing is stored.
-__device__ __forceinline__ void store_output(const float (&d)[128], float factor, int i,
+template <int kValues>
+__device__ __forceinline__ void store_output(const float (&d)[kValues], float factor, int i,
                                              __nv_bfloat16* to) {
   int t = threadIdx.x & 3;
 #pragma unroll
-  for (int j = 0; j < 32; j += 4) {
+  for (int j = 0; j < kValues / 4; j += 4) {
     uint32_t w[4];
 #pragma unroll
     for (int u = 0; u < 4; ++u) {
