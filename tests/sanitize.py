@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from kernels.dispatch import table
-from tests.kernels.op_cases.base import BF16, Case, public
+from tests.kernels.op_cases.base import BF16, Case, own_kernels, public
 from tests.kernels.op_cases.table import CASES
 
 TOOLS = ("memcheck", "racecheck")
@@ -33,7 +33,10 @@ def chosen(only: str) -> list[Case]:
 
 def run_cases(only: str) -> None:
     """Every case with a few rows: fewer than a tile, and more than one."""
-    for case in chosen(only):
+    cases = chosen(only)
+    if not cases:
+        raise SystemExit(f"no case of a CUDA C++ kernel has {only!r} in its name")
+    for case in cases:
         for count in (3, 150):
             torch.manual_seed(count)
             inputs = case.make(count, CUDA, BF16)
@@ -62,7 +65,8 @@ def main() -> int:
     parser.add_argument("--tool", action="append", choices=TOOLS, help="default: both")
     arguments = parser.parse_args()
     if arguments.run:
-        run_cases(arguments.only)
+        with own_kernels():
+            run_cases(arguments.only)
         return 0
     status = {tool: check(tool, arguments.only) for tool in arguments.tool or TOOLS}
     for tool, code in status.items():

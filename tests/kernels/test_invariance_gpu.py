@@ -5,13 +5,15 @@ The cases are those of ``op_cases``; ``tests/unit/test_op_cases.py`` proves that
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
-from kernels.dispatch import table
+from kernels.dispatch import table, twin
 from tests.kernels.attention_gpu import error
-from tests.kernels.op_cases.base import BF16, Case, Inputs, Rows, public, twin
+from tests.kernels.op_cases.base import BF16, Case, Inputs, Rows, own_kernels, public
 from tests.kernels.op_cases.table import CASES
 
 pytestmark = pytest.mark.gpu
@@ -21,8 +23,15 @@ Results = tuple[Tensor, ...]
 Prepared = tuple[Case, Inputs, Results]
 
 
+@pytest.fixture(scope="module")
+def no_backend() -> Iterator[None]:
+    """What is proved here is proved of this project's kernels."""
+    with own_kernels():
+        yield
+
+
 @pytest.fixture(scope="module", params=[case for case in CASES if case.gpu], ids=str)
-def prepared(request: pytest.FixtureRequest) -> Prepared:
+def prepared(request: pytest.FixtureRequest, no_backend: None) -> Prepared:
     """Arguments of a batch and the op's results on it; made once for all tests of a case."""
     case: Case = request.param
     torch.cuda.empty_cache()

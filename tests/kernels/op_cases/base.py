@@ -7,17 +7,18 @@ to a row (its values, position, slot, sequence) are kept apart from those that a
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import kernels
-from kernels import BlockWeight, CacheDtype, EntryKind, PageLayout
-from kernels.dispatch import _FOLDERS
+from kernels import BlockWeight, CacheDtype, EntryKind, PageLayout, dispatch
+from kernels.backend import Backend
 from kernels.page_cache import reference as pages
 from kernels.quant.reference import pack_fp4, quant_fp8_weight
 
@@ -81,11 +82,16 @@ def public(op: str) -> Op:
     return function
 
 
-def twin(op: str) -> Op:
-    """The torch reference of the op."""
-    module = importlib.import_module(f"kernels.{_FOLDERS[op]}.reference")
-    function: Op = getattr(module, op)
-    return function
+@contextmanager
+def own_kernels() -> Iterator[None]:
+    """Inside, no optional backend serves an op, installed or not: this project's kernels do."""
+    caches = (dispatch._table, dispatch._function)
+    with mock.patch.object(Backend, "usable", return_value=False):
+        for cache in caches:
+            cache.cache_clear()
+        yield
+    for cache in caches:
+        cache.cache_clear()
 
 
 def normal(device: torch.device, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

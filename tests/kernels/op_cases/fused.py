@@ -70,6 +70,11 @@ def qkv(heads: int, dim: int, rope: int, index_heads: int, dtype: CacheDtype) ->
     return make
 
 
+def line(value: Tensor) -> Tensor:
+    """One row after the other, without gaps."""
+    return value.reshape(-1).contiguous()
+
+
 def compress_decode(ratio: int, layouts: tuple[PageLayout, ...], rope: int, steps: int) -> Make:
     """A line is a sequence with ``steps`` rows; its ring holds NaN where the step need not look."""
     pooled = SERIES[ratio] * ratio
@@ -111,7 +116,7 @@ def compress_decode(ratio: int, layouts: tuple[PageLayout, ...], rope: int, step
                     norm_weight=weight[i],
                     pool=pools[i],
                     layout=layouts[i],
-                    slots=rows[f"slots{i}"].reshape(-1),
+                    slots=line(rows[f"slots{i}"]),
                 )
                 for i in range(len(layouts))
             )
@@ -119,9 +124,9 @@ def compress_decode(ratio: int, layouts: tuple[PageLayout, ...], rope: int, step
                 rows["rows"].reshape(lines * steps, sum(widths)),
                 kept,
                 parts,
-                rows["positions"].reshape(-1),
-                rows["seq"].reshape(-1),
-                rows["base"].reshape(-1),
+                line(rows["positions"]),
+                line(rows["seq"]),
+                line(rows["base"]),
                 ratio=ratio,
                 ring_rows=ring,
                 inv_freq=freq,
@@ -257,6 +262,9 @@ def cases() -> Iterator[Case]:
             name=name,
             make=compress_decode(ratio, layouts, rope, steps),
             proof="tests/kernels/test_compress_decode_gpu.py",
+            no_graph="dims that no model has run the torch twin, which looks at the rows"
+            if name == "odd"
+            else "",
             cpu=name == "odd",
         )
     for name, vocab, offset, size, with_peak in (
