@@ -31,19 +31,21 @@
 
 namespace causeway {
 
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
-__device__ __forceinline__ float4 load_remote(uint32_t address, uint32_t rank) {
-  float4 v;
-  asm volatile(
-      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
-      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}\n"
-      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-      : "r"(address), "r"(rank)
-      : "memory");
-  return v;
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// The same place in the shared memory of a block of the cluster.
+__device__ __forceinline__ uint32_t place_at(uint32_t address, uint32_t rank) {
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+__device__ __forceinline__ void store_remote(uint32_t address, float a, float b) {
+  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(a), "f"(b)
+               : "memory");
 }
 
 // Where a block stands: its ring, its barriers, and its share of K.
@@ -256,16 +258,19 @@ __device__ __forceinline__ void multiply_persistent(
   if constexpr (kPieces > 2) store(Number<2>{});
 }
 
-// One segment of one tile, left in shared memory.
+// One segment of one tile. Its sums go to the blocks that own the rows: row r to block r % kCluster.
 template <class S>
 __device__ __forceinline__ void multiply_segment(
     uint8_t* shared, const DenseArguments& args, const Place<S>& place, int warp, int lane) {
-  if (place.first_step >= place.last_step) return;
+  if (place.first_step >= place.last_step) {
+    cluster_wait();
+    return;
+  }
+  Schedule<S> schedule(args);
+  Tile tile;
+  schedule.advance(tile);
   Products<S> products(shared, args, place, warp);
   if constexpr (S::kRope) {
-    Schedule<S> schedule(args);
-    Tile tile;
-    schedule.advance(tile);
     wait_for_previous();
     products.rotation.open(args, tile.row + warp / 4 * 64, products.thread());
     products.rotation.prepare_all(args, products.thread());
@@ -278,40 +283,45 @@ __device__ __forceinline__ void multiply_segment(
     products.next(false);
   }
   products.finish(acc);
-  if (warp >= S::kActiveWarps) return;
-  uint8_t* line = shared + S::kWayOut + (warp * 16 + lane / 4) * S::kPartialRow + (lane & 3) * 8;
+  cluster_wait();  // all blocks have started, and so have shared memory
+  const int rank = blockIdx.x % S::kCluster;
+  const uint32_t part = place.stages + S::kWayOut + (lane & 3) * 8 +
+                        (rank % kSegments * S::kSide + rank / kSegments) * S::kColumns * 4;
 #pragma unroll
-  for (int i = 0; i < S::kParts; i += 4) {
-    *reinterpret_cast<float2*>(line + i * 8) = make_float2(acc[i], acc[i + 1]);
-    *reinterpret_cast<float2*>(line + 8 * S::kPartialRow + i * 8) =
-        make_float2(acc[i + 2], acc[i + 3]);
+  for (int half = 0; half < 2; ++half) {
+    const int local = warp * 16 + half * 8 + lane / 4;
+    if (local >= S::kRows || tile.row + local >= args.rows) continue;
+    const uint32_t line =
+        place_at(part + local / S::kCluster * S::kOwnedRow, local % S::kCluster);
+#pragma unroll
+    for (int i = half * 2; i < S::kParts; i += 4) store_remote(line + (i / 4) * 32, acc[i], acc[i + 1]);
   }
 }
 
-// Rows of the cluster's tile, dealt over its blocks.
+// The rows that this block owns: their segments' sums, added and stored.
 template <class S>
-__device__ __forceinline__ void add_segments(uint32_t shared, const DenseArguments& args) {
-  constexpr int kQuads = S::kColumns * S::kSide / 4, kOwn = S::kColumns / 4;
+__device__ __forceinline__ void add_segments(const uint8_t* shared, const DenseArguments& args) {
+  constexpr int kQuads = S::kColumns * S::kSide / 4;
   Schedule<S> schedule(args);
   Tile tile;
   if (!schedule.advance(tile)) return;
   const int quad = threadIdx.x % kQuads, lane = threadIdx.x % 32;
-  const uint32_t side = quad / kOwn * kSegments;
   const int segments = (args.k_steps + args.segment_steps - 1) / args.segment_steps;
   const int rows = min(S::kRows, args.rows - tile.row);
-  for (int local = blockIdx.x % S::kCluster + S::kCluster * (threadIdx.x / kQuads); local < rows;
-       local += S::kCluster * (S::kThreads / kQuads)) {
-    const uint32_t at = shared + S::kWayOut + local * S::kPartialRow + quad % kOwn * 16;
-    float4 part[kSegments], sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-    for (int s = 0; s < kSegments; ++s) part[s] = load_remote(at, side + s);
+  for (int owned = threadIdx.x / kQuads;; owned += S::kThreads / kQuads) {
+    const int local = blockIdx.x % S::kCluster + S::kCluster * owned;
+    if (local >= rows) return;
+    const float4* part =
+        reinterpret_cast<const float4*>(shared + S::kWayOut + owned * S::kOwnedRow) + quad;
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
     for (int s = 0; s < kSegments; ++s) {
       if (s < segments) {
-        sum.x += part[s].x;
-        sum.y += part[s].y;
-        sum.z += part[s].z;
-        sum.w += part[s].w;
+        const float4 v = part[s * kQuads];
+        sum.x += v.x;
+        sum.y += v.y;
+        sum.z += v.z;
+        sum.w += v.w;
       }
     }
     store_quad(args, tile, tile.row + local, tile.column + quad * 4, sum, lane);
@@ -333,6 +343,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) dense_kernel(
     mbar_fence_init();
   }
   __syncthreads();
+  if constexpr (S::kSplit) cluster_arrive();
 
   if (warp >= S::kWarps) {
     if constexpr (S::kTrades) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
@@ -342,6 +353,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) dense_kernel(
       if (lane == 0) bring_rows<S>(&a_map, args, place);
     }
     __syncwarp();
+    if constexpr (S::kSplit) cluster_wait();
   } else {
     if constexpr (S::kTrades) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     if constexpr (S::kSplit) {
@@ -351,11 +363,10 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) dense_kernel(
     }
   }
   if constexpr (S::kSplit) {
+    cluster_arrive();
     wait_for_previous();  // it may still read what is written now
-    __syncwarp();
-    cluster_sync();
-    add_segments<S>(smem_address(shared), args);
-    cluster_sync();  // nobody leaves while its sums are read
+    cluster_wait();  // all sums have come; none leaves for another block any more
+    add_segments<S>(shared, args);
   }
 }
 

@@ -34,11 +34,12 @@ struct DenseShape {
 
   // Shared memory: stages, then what the way out needs, then barriers.
   static constexpr int kEmitColumns = BN < 64 ? BN : 64;  // stored at once by a persistent block
-  static constexpr int kStagingRow = (ROPE ? 64 : kEmitColumns) * 2 + 16;
-  static constexpr int kPartialRow = (BN + 4) * 4;  // bytes; the pads keep rows on different banks
+  static constexpr int kStagingRow = (ROPE ? 64 : kEmitColumns) * 2 + 16;  // spreads over banks
+  // Split: a block owns every kCluster-th row of the cluster's tiles, with the sums of all segments.
+  static constexpr int kOwnedRow = kSegments * SIDE * BN * 4;  // bytes
   static constexpr int kWayOut = STAGES * kStageBytes;
   static constexpr int kBarriers =
-      kWayOut + (SPLIT ? TM * kPartialRow : kActiveWarps * 16 * kStagingRow);
+      kWayOut + (SPLIT ? TM / kCluster * kOwnedRow : kActiveWarps * 16 * kStagingRow);
   // A warpgroup reads 64 rows of A; where a tile has fewer, it runs on into what follows.
   static constexpr int kRunOn = TM < 64 ? 8192 : 0;
   static constexpr int kUsed = kBarriers + STAGES * 16;
@@ -46,6 +47,7 @@ struct DenseShape {
       kUsed > kWayOut + kRunOn ? kUsed : kWayOut + kRunOn;
 
   static_assert(kSharedBytes <= 232448 / BLOCKS - (BLOCKS > 1 ? 1024 : 0), "shared memory");
+  static_assert(!SPLIT || TM % kCluster == 0, "rows to own");
   static_assert(TM % 16 == 0 && WGS <= 2 && (TM == 64 * WGS || WGS == 1), "rows of a tile");
   static_assert(BN % kEmitColumns == 0 && kWayOut % 16 == 0 && kBarriers % 16 == 0, "layout");
 };
