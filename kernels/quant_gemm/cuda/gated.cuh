@@ -14,8 +14,8 @@ namespace causeway {
 // first one's. `gate` is overwritten.
 template <class S>
 __device__ __forceinline__ void store_gated(
-    const GemmArguments& args, const GateArguments& gated, const CUtensorMap& out_map, const Tile& tile, float (&gate)[S::kParts],
-    float (&up)[S::kParts], uint8_t* staging, int first_row, int lane) {
+    const GemmArguments& args, const GateArguments& gated, const CUtensorMap& out_map,
+    const Tile& tile, float (&gate)[S::kParts], float (&up)[S::kParts], uint8_t* staging, int first_row, int lane) {
   const int upper = tile.row + first_row + lane / 4, last = args.rows - 1;
   float factor[2] = {1.0f, 1.0f}, peak[2] = {0.0f, 0.0f};
   if (gated.row_weight != nullptr) {

@@ -7,8 +7,9 @@
 // exact). Every element walks K alone and in the same order, so its bits depend neither on the tile
 // shape nor on other rows.
 //
-// Two producer threads keep a ring of stages full by bulk tensor copies, one the rows, one the weight;
-// WGS warpgroups of 64 rows each consume it. Blocks are persistent and walk tiles in an order that shares operands in L2.
+// Two producer warps keep a ring of stages full by bulk tensor copies, one the rows, one the weight; WGS
+// warpgroups of 64 rows each consume it. Blocks are persistent and walk tiles in an order that shares
+// operands in L2.
 //
 // A kernel starts before the one ahead of it in the stream has ended, and then reads weights already:
 // they must not be written by the kernel directly ahead.

@@ -28,8 +28,9 @@ struct GemmArguments {
   int out_is_mapped;         // the tensor map of the output is made
 };
 
-// What a product with SwiGLU in its store is told besides. Of GemmArguments `out` is unused there, `n` is the
-// hidden columns, the output that a map is made of is `q`, and the weight has the gate's rows from 0 and the up's from `up_row` on.
+// What a product with SwiGLU in its store is told besides. Of GemmArguments `out` is unused there, and `n` is the
+// hidden columns; the output's map is made of `q`. The weight has the gate's rows from 0 and the up's from
+// `up_row` on.
 struct GateArguments {
   uint8_t* q;                // [rows, n] e4m3; address and stride are multiples of 16
   int64_t q_stride;          // bytes

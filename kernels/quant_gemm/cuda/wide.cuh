@@ -94,7 +94,8 @@ class WideScales {
 
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1) wide_kernel(
-    const __grid_constant__ Maps maps, const __grid_constant__ GemmArguments args, const __grid_constant__ GateArguments gate) {
+    const __grid_constant__ Maps maps, const __grid_constant__ GemmArguments args,
+    const __grid_constant__ GateArguments gate) {
   extern __shared__ __align__(1024) uint8_t shared[];  // the swizzle asks for 1024
   const uint32_t stages = smem_address(shared);
   const uint32_t full = stages + S::kBarrierOffset, empty = full + S::kStages * 8;
