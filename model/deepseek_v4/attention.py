@@ -27,10 +27,10 @@ from kernels import (
 from model.deepseek_v4.attention_output import AttentionOutput
 from model.deepseek_v4.entries import CompressedEntries
 from model.deepseek_v4.projection import Activations, Projector
-from model.parallel.context import exchange_rows
+from model.parallel.context import exchange_streams, row_stream
 
 if TYPE_CHECKING:
-    from kernels import EntryPages, Numerics, PreparedWeight
+    from kernels import EntryPages, Numerics, PreparedWeight, RowStream
     from model.cache_spec import LayerCache
     from model.checkpoint.loader import WeightDict
     from model.deepseek_v4.config import DeepSeekV4Config
@@ -91,8 +91,17 @@ class Attention:
         """x: attn-normed local rows [T, D] -> [T, D]; stores window, state and entries on the way."""
         qr, kv = self._latents(x)
         q = q_norm_rope(self._heads(qr, self.wq_b), batch.positions, self.inv_freq, self.eps)
-        window = self._exchange_window(kv, batch.positions, batch.window, cache)
-        entries = self.entries.prefill(x, qr, batch, cache) if self.entries else None
+        # Window rows and compressor rows travel together.
+        streams = [self._window_stream(kv, batch.positions, batch.window, cache)]
+        rows = None
+        if self.entries is not None:
+            rows = self.entries.rows(x, batch.positions)
+            streams.append(self.entries.stream(rows, batch, cache))
+        buffer, *more = exchange_streams(self.mesh.cp, tuple(streams))
+        window = self._keep_window(buffer, batch.window, cache)
+        entries = None
+        if self.entries is not None and rows is not None:
+            entries = self.entries.prefill(rows, more[0], qr, batch, cache)
         o, _ = sparse_attention(
             q, window, entries, sink=self.attn_sink, scale=self.config.softmax_scale
         )
@@ -130,7 +139,9 @@ class Attention:
     ) -> None:
         """Only keep the window latents of these rows."""
         _, kv = self.wq_a_wkv.split(self.projector.product(x, self.wq_a_wkv.weight))
-        self._exchange_window(kv, positions, plan, cache)
+        stream = self._window_stream(kv, positions, plan, cache)
+        (buffer,) = exchange_streams(self.mesh.cp, (stream,))
+        self._keep_window(buffer, plan, cache)
 
     def _latents(self, x: Activations) -> tuple[Activations, Tensor]:
         """Normed query latents, and KV latents as the product gives them (a view)."""
@@ -142,10 +153,10 @@ class Attention:
         d = self.config.head_dim
         return q.view(q.shape[0], q.shape[1] // d, d)
 
-    def _exchange_window(
+    def _window_stream(
         self, kv: Tensor, positions: Tensor, plan: WindowPlan, cache: LayerCache
-    ) -> WindowRows:
-        """Finish local latents, exchange them, keep ring and tails; returns what queries may see."""
+    ) -> RowStream:
+        """Finished local latents, and how they travel between the cp ranks."""
         # Through the cache format at once: a row read back from the ring equals the row just made.
         # Nothing is stored here: which rows the ring keeps is the plan's choice.
         kv = kv_insert(
@@ -159,9 +170,13 @@ class Attention:
             torch.full_like(positions, -1),
             quantize=self.quantize,
         )
+        carried = load_entries(cache.window, cache.window_layout, plan.rows.carried, kv.dtype)
+        return row_stream(kv, plan.rows, carried, None)
+
+    @staticmethod
+    def _keep_window(buffer: Tensor, plan: WindowPlan, cache: LayerCache) -> WindowRows:
+        """Store ring and tails out of the exchanged rows; returns what queries may see."""
         rows = plan.rows
-        carried = load_entries(cache.window, cache.window_layout, rows.carried, kv.dtype)
-        buffer = exchange_rows(self.mesh.cp, kv, rows, carried)
         store_entries(cache.window, cache.window_layout, rows.state_dest, buffer[rows.state_source])
         store_entries(
             cache.tail_window, cache.tail_layout, rows.tail_dest, buffer[rows.tail_source]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -11,16 +12,24 @@ from model.deepseek_v4.compressor import Compressor
 from model.deepseek_v4.config import CSA_RATIO
 from model.deepseek_v4.indexer import Indexer
 from model.deepseek_v4.projection import Activations, Projector
-from model.parallel.context import exchange_rows, gather_entries, gather_pages
+from model.parallel.context import gather_entries, gather_pages, row_stream
 
 if TYPE_CHECKING:
-    from kernels import Numerics
+    from kernels import Numerics, RowStream
     from model.cache_spec import LayerCache
     from model.checkpoint.loader import WeightDict
     from model.deepseek_v4.config import DeepSeekV4Config
     from model.forward_batch import DecodeBatch, PrefillBatch
     from model.parallel.config import ParallelConfig
     from model.parallel.mesh import ParallelMesh
+
+
+@dataclass(frozen=True, slots=True)
+class EntryRows:
+    """What one product gives for local tokens: compressor rows [T, W], indexer head weights [T, h]."""
+
+    rows: Tensor
+    head_weights: Tensor
 
 
 class CompressedEntries:
@@ -74,31 +83,49 @@ class CompressedEntries:
         """The indexer's query heads [T, h, di] as the product gives them; None in HCA layers."""
         return None if self.indexer is None else self.indexer.heads_of(qr)
 
-    def prefill(
-        self, x: Activations, qr: Activations, batch: PrefillBatch, cache: LayerCache
-    ) -> EntryPages:
-        """Pool and store the step's entries; returns what the local queries attend to."""
-        plan, cp = batch.groups[self.ratio], self.mesh.cp
+    def rows(self, x: Activations, positions: Tensor) -> EntryRows:
+        """The compressors' rows of local tokens, and the indexer's head weights."""
         product = self._product(x)
-        local = product[:, : self.width]
-        self.compressor.add_positions(local[:, : self.main_width], batch.positions)
+        rows = product[:, : self.width]
+        self.compressor.add_positions(rows[:, : self.main_width], positions)
         if self.indexer is not None:
-            self.indexer.compressor.add_positions(local[:, self.main_width :], batch.positions)
-        buffer = exchange_rows(cp, local, plan.rows, cache.state[plan.rows.carried])
-        main = self._pool_main(buffer, plan.row_index, plan.positions)
-        main = gather_entries(cp, main, plan.counts)
+            self.indexer.compressor.add_positions(rows[:, self.main_width :], positions)
+        return EntryRows(rows, product[:, self.width :])
+
+    def stream(self, rows: EntryRows, batch: PrefillBatch, cache: LayerCache) -> RowStream:
+        """How the rows travel between the cp ranks."""
+        plan = batch.groups[self.ratio].rows
+        return row_stream(rows.rows, plan, cache.state, plan.carried)
+
+    def prefill(
+        self,
+        rows: EntryRows,
+        buffer: Tensor,
+        qr: Activations,
+        batch: PrefillBatch,
+        cache: LayerCache,
+    ) -> EntryPages:
+        """Pool and store the step's entries; returns what the local queries attend to.
+
+        Args:
+            buffer: the rows' buffer ``[local | gathered | carried]``.
+            qr: normed query latents of local rows.
+        """
+        plan, cp = batch.groups[self.ratio], self.mesh.cp
+        pooled = [self._pool_main(buffer, plan.row_index, plan.positions)]
+        if self.indexer is not None:
+            pooled.append(self._pool_index(self.indexer, buffer, plan.row_index, plan.positions))
+        main, *index = gather_entries(cp, tuple(pooled), plan.counts)
         store_entries(cache.main, cache.main_layout, plan.main_slots, main)
         cache.state[plan.rows.state_dest] = buffer[plan.rows.state_source]
         cache.tail_state[plan.rows.tail_dest] = buffer[plan.rows.tail_source]
         chosen = None
         num_entries = batch.num_entries[self.ratio]
         if self.indexer is not None:
-            index = self._pool_index(self.indexer, buffer, plan.row_index, plan.positions)
-            index = gather_entries(cp, index, plan.counts)
-            store_entries(cache.index, cache.index_layout, plan.index_slots, index)
+            store_entries(cache.index, cache.index_layout, plan.index_slots, index[0])
             chosen = self.indexer.select_prefill(
                 qr,
-                product[:, self.width :],
+                rows.head_weights,
                 batch.positions,
                 cache.index,
                 cache.index_layout,

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
 from kernels import RowStream, pack_rows, unpack_rows
@@ -12,40 +9,43 @@ from model.forward_batch import PickPlan, RowExchange, ScratchPlan
 from model.parallel.collectives import Group
 
 
-def exchange_rows(cp: Group, local: Tensor, plan: RowExchange, carried: Tensor) -> Tensor:
-    """Build the row buffer ``[local | gathered | carried]`` of one stream.
+def row_stream(
+    local: Tensor, plan: RowExchange, carried: Tensor, index: Tensor | None
+) -> RowStream:
+    """One stream of token rows of a prefill step.
 
     Args:
-        cp: the context-parallel group.
-        local: this rank's rows [T, w]; cast to carried's dtype, so that a row is the same whether it
-            is read here or carried into the next chunk.
+        local: this rank's rows [T, w]; they become carried's dtype, so that a row is the same whether
+            it is read here or carried into the next chunk.
         plan: which rows to publish.
-        carried: rows from before the chunk [N, w], N may be zero.
-
-    Returns:
-        [T + sum(plan.counts) + N, w]
+        carried: rows from before the chunk; index: those of them to append, None for all.
     """
-    local = local.to(carried.dtype)
-    parts = [local]
-    if any(plan.counts):
-        parts.append(cp.all_gather_v(local[plan.send], plan.counts))
-    if carried.shape[0]:
-        parts.append(carried)
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return RowStream(
+        local=local, send=plan.send, counts=plan.counts, carried=carried, carried_index=index
+    )
 
 
 def exchange_streams(cp: Group, streams: tuple[RowStream, ...]) -> tuple[Tensor, ...]:
     """Row buffers ``[local | gathered | carried]`` of several streams through one all-gather.
 
-    Each buffer equals ``exchange_rows`` of its stream. Entries go the same way: ``keep_local=False``
-    and no ``send`` gives ``gather_entries``.
+    Nothing is sent when no rank publishes a row.
     """
     return unpack_rows(cp.all_gather(pack_rows(streams)), streams)
 
 
-def gather_entries(cp: Group, entries: Tensor, counts: Sequence[int] | None) -> Tensor:
-    """All entries of the step in canonical order; ``counts`` None when this rank pooled them all."""
-    return entries if counts is None else cp.all_gather_v(entries, counts)
+def gather_entries(
+    cp: Group, entries: tuple[Tensor, ...], counts: tuple[int, ...] | None
+) -> tuple[Tensor, ...]:
+    """All entries of the step, kind by kind, in canonical order.
+
+    Args:
+        entries: this rank's entries of each kind [E, d].
+        counts: entries of each rank; None when this rank pooled them all.
+    """
+    if counts is None or cp.size == 1:
+        return entries
+    streams = (RowStream(local=e, counts=counts, keep_local=False) for e in entries)
+    return exchange_streams(cp, tuple(streams))
 
 
 def gather_pages(cp: Group, pool: Tensor, plan: ScratchPlan) -> Tensor:

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from kernels import RowStream
 from model.forward_batch import RowExchange
 from model.parallel.collectives import Group
-from model.parallel.context import exchange_rows, exchange_streams, gather_entries
+from model.parallel.context import exchange_streams, gather_entries, row_stream
 from tests.helpers.ranks import run_ranks
 
 NONE = torch.empty(0, dtype=torch.int64)
+
+
+def one_by_one(
+    cp: Group, local: Tensor, send: Tensor | None, counts: tuple[int, ...], carried: Tensor
+) -> Tensor:
+    """A stream's buffer through a collective of its own."""
+    sent = local if send is None else local[send]
+    gathered = cp.all_gather_v(sent, counts)
+    return gathered if send is None else torch.cat([local, gathered, carried])
 
 
 def exchange(rank: int, world: int) -> tuple[int, int]:
@@ -34,34 +43,24 @@ def exchange(rank: int, world: int) -> tuple[int, int]:
         for c in counts
     ]
     want = (
-        exchange_rows(cp, latents, plans[0], ring[plans[0].carried]),
-        exchange_rows(cp, rows, plans[1], state[plans[1].carried]),
-        gather_entries(cp, entries, counts[1]),
-        gather_entries(cp, keys, counts[1]),
+        one_by_one(cp, latents, plans[0].send, counts[0], ring[plans[0].carried]),
+        one_by_one(cp, rows, plans[1].send, counts[1], state[plans[1].carried]),
+        one_by_one(cp, entries, None, counts[1], entries),
+        one_by_one(cp, keys, None, counts[1], keys),
     )
     before = cp.stats.calls
     got = exchange_streams(
         cp,
         (
-            *(
-                RowStream(
-                    local=local,
-                    send=plan.send,
-                    counts=plan.counts,
-                    carried=kept,
-                    carried_index=plan.carried,
-                )
-                for local, plan, kept in ((latents, plans[0], ring), (rows, plans[1], state))
-            ),
-            RowStream(local=entries, counts=counts[1], keep_local=False),
-            RowStream(local=keys, counts=counts[1], keep_local=False),
+            row_stream(latents, plans[0], ring[plans[0].carried], None),
+            row_stream(rows, plans[1], state, plans[1].carried),
         ),
-    )
+    ) + gather_entries(cp, (entries, keys), counts[1])
     for a, b in zip(got, want, strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
     return before, cp.stats.calls - before
 
 
-def test_streams_travel_in_one_collective() -> None:
-    assert run_ranks(exchange, 3) == [(4, 1)] * 3
+def test_streams_travel_together() -> None:
+    assert run_ranks(exchange, 3) == [(4, 2)] * 3
