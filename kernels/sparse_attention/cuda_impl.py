@@ -25,7 +25,9 @@ _DECODE = tuple(
     _FOLDER / name
     for name in (
         "decode.cu",
+        "decode_merge.cuh",
         "decode_plan.cuh",
+        "decode_read.cuh",
         "pages.cuh",
         "products.cuh",
         "query_map.h",

@@ -126,7 +126,7 @@ def test_a_row_has_the_same_bits_in_any_batch(prefill: bool, topk: int | None) -
 
 
 def test_decode_bits_do_not_depend_on_the_table_width() -> None:
-    """Up to 8 chunks merge in a cluster, more through memory: the same bits."""
+    """Chunks that a wide table has room for, and a row has no keys for, change nothing."""
     narrow = random_entries(6, seqs=3, blocks=8, per_page=64, topk=None)
     table = torch.full((3, 50), -1, dtype=torch.int32, device="cuda")
     table[:, :8] = narrow.block_table

@@ -6,7 +6,9 @@
 // the next, and owns half w of the output columns for all 160 keys. A row of one chunk is finished at once; the
 // chunks of a longer row leave their sums (bfloat16) and maxima to a second kernel. Which of the two happens
 // depends on the row alone.
+#include "decode_merge.cuh"
 #include "decode_plan.cuh"
+#include "decode_read.cuh"
 #include "hopper.cuh"
 #include "pages.cuh"
 #include "products.cuh"
@@ -16,10 +18,6 @@
 namespace causeway {
 
 constexpr int kThreads = 256;
-constexpr int kWarpKeys = 20;  // of a tile
-constexpr int kPartKeys = kTileKeys / 2;
-constexpr int kTileBytes = kTileKeys * kDim * 2;
-constexpr int kKeySubtile = kTileKeys * 128;
 constexpr int kQuerySubtile = kHeadTile * 128;
 
 struct DecodeSmem {
@@ -31,107 +29,10 @@ struct DecodeSmem {
   uint64_t queries;            // barrier: they have arrived
 };
 
-// 16 bytes, zeros where `p` is null; volatile: all reads of a tile are issued where they are written.
-__device__ __forceinline__ uint4 load_now(const uint8_t* p, int at) {
-  uint4 v;
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.u64 p, %5, 0;\n"
-      "mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
-      "@p ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4];\n}\n"
-      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-      : "l"(p + at), "l"(p));
-  return v;
-}
-
-__device__ __forceinline__ const uint8_t* shuffle_pointer(const uint8_t* p, int lane) {
-  return reinterpret_cast<const uint8_t*>(__shfl_sync(~0u, (unsigned long long)p, lane));
-}
-
-__device__ __forceinline__ const Pages& pages_of(const DecodeArgs& a, int at) {
-  return at < a.window ? a.ring : a.entries.pages;
-}
-
-// Row of the tile that is key k = 0..19 of a warp: ten in each part.
-__device__ __forceinline__ int warp_row(int warp, int k) {
-  return (k < kWarpKeys / 2 ? 0 : kPartKeys - kWarpKeys / 2) + warp * (kWarpKeys / 2) + k;
-}
-
-// Place of columns 8 c..+7 of row r in a subtile of keys.
-__device__ __forceinline__ uint32_t swizzled(int r, int c) { return r * 128 + ((c ^ (r & 7)) << 4); }
-
-// A warp's 20 entries: lane l has bytes 16 l..+15 of each, lane 4 i + q bytes 512 + 16 q..+15 of entry 8 j + i.
-struct WarpEntries {
-  uint4 raw[kWarpKeys], rest[3];
-  uint2 scales;  // of the entry that this lane lists
-  bool any_large;
-
-  __device__ __forceinline__ void load(const DecodeArgs& a, Place place, int at) {
-    int lane = threadIdx.x & 31;
-    const uint8_t* mine = nullptr;
-    scales = make_uint2(0, 0);
-    if (place.page >= 0) {
-      const Pages& p = pages_of(a, at);
-      const uint8_t* page = p.pool + (int64_t)place.page * p.stride;
-      mine = page + (int64_t)place.offset * kFp8Payload;
-      scales = __ldg(reinterpret_cast<const uint2*>(scales_of(p, page, place.offset)));
-    }
-#pragma unroll
-    for (int k = 0; k < kWarpKeys; ++k) raw[k] = load_now(shuffle_pointer(mine, k), 16 * lane);
-#pragma unroll
-    for (int j = 0; j < 3; ++j) rest[j] = load_now(shuffle_pointer(mine, 8 * j + lane / 4), 512 + 16 * (lane & 3));
-    uint32_t limit = kLargestScale * 0x01010101u;
-    any_large = __any_sync(~0u, __vcmpgtu4(scales.x, limit) | (__vcmpgtu4(scales.y, limit) & 0xffffffu));
-  }
-
-  // Entries k = first..+9 become bfloat16 rows.
-  __device__ __forceinline__ void decode(uint32_t tile, int first) const {
-    int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3, block = lane / 4, q = lane & 3, odd = block & 1;
-    bool codes = lane < 28;
-#pragma unroll
-    for (int k = first; k < first + kWarpKeys / 2; ++k) {
-      uint32_t low = __shfl_sync(~0u, scales.x, k), high = __shfl_sync(~0u, scales.y, k);
-      uint32_t scale = ((lane < 16 ? low : high) >> (8 * (block & 3))) & 255u;
-      // Odd blocks start with their second half: 8 lanes of a store meet 8 different banks.
-      bool swap = odd && codes;
-      uint4 v = raw[k], out[2];
-      if (swap) v = make_uint4(v.z, v.w, v.x, v.y);
-      decode_codes(v, scale, any_large, out);
-      int r = warp_row(warp, k);
-      uint32_t to = tile + block * kKeySubtile;
-      store_shared(to + swizzled(r, codes ? 2 * q + odd : q), codes ? out[0] : raw[k]);
-      if (codes) store_shared(to + swizzled(r, 2 * q + 1 - odd), out[1]);
-    }
-#pragma unroll
-    for (int j = first == 0 ? 0 : 2; j < (first == 0 ? 2 : 3); ++j) {
-      int k = 8 * j + lane / 4;
-      if (k < kWarpKeys) store_shared(tile + 7 * kKeySubtile + swizzled(warp_row(warp, k), 4 + q), rest[j]);
-    }
-  }
-};
-
-// A warp's 20 entries of any format, without haste.
-__device__ __forceinline__ void read_entries(const DecodeArgs& a, Place place, int at, uint32_t tile) {
-  int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3, q = lane & 3;
-  for (int first = 0; first < 24; first += 8) {
-    int k = first + lane / 4, page = __shfl_sync(~0u, place.page, k), offset = __shfl_sync(~0u, place.offset, k);
-    int key_at = __shfl_sync(~0u, at, k);
-    if (k >= kWarpKeys) continue;
-    int r = warp_row(warp, k);
-    auto put = [&](int column, uint4 v) {
-      store_shared(tile + (column >> 6) * kKeySubtile + swizzled(r, (column >> 3) & 7), v);
-    };
-    if (page >= 0) {
-      const Pages& p = pages_of(a, key_at);
-      decode_entry(p, p.pool + (int64_t)page * p.stride, offset, q, is_aligned(p), put);
-    } else {
-      for (int i = 0; i < 16; ++i) put(8 * (q + 4 * i), make_uint4(0, 0, 0, 0));
-    }
-  }
-}
-
 __device__ __forceinline__ void copy_queries(DecodeSmem& s, const CUtensorMap* map, const Item& it) {
   uint32_t bar = smem_address(&s.queries), to = smem_address(s.q);
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"((uint32_t)sizeof(s.q)) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"((uint32_t)sizeof(s.q))
+               : "memory");
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     asm volatile(
@@ -205,19 +106,10 @@ __device__ __forceinline__ void multiply_own(float (&acc)[64], const uint32_t (&
 __device__ __forceinline__ void multiply_other(float (&acc)[64], uint64_t p, uint64_t values) {
 #pragma unroll
   for (int k = 0; k < 5; ++k) {
-    mma_m64n128k16_ss_t(acc, desc_advance(p, (k / 4) * kQuerySubtile + (k & 3) * 32), desc_advance(values, k * 2048), 1);
+    uint32_t at = (k / 4) * kQuerySubtile + (k & 3) * 32;
+    mma_m64n128k16_ss_t(acc, desc_advance(p, at), desc_advance(values, k * 2048), 1);
   }
   wgmma_commit();
-}
-
-__device__ __forceinline__ void prefetch_entry(const DecodeArgs& a, int at, Place place) {
-  if (place.page < 0) return;
-  const Pages& p = pages_of(a, at);
-  const uint8_t* page = p.pool + (int64_t)place.page * p.stride;
-  const uint8_t* entry = page + (int64_t)place.offset * kFp8Payload;
-#pragma unroll
-  for (int i = 0; i < 5; ++i) asm volatile("prefetch.global.L2 [%0];" ::"l"(entry + min(128 * i, kFp8Payload - 16)));
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(scales_of(p, page, place.offset)));
 }
 
 // kPlain: pages other than fp8 ones at multiples of 16 bytes.
@@ -339,52 +231,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (more) __syncthreads();  // nobody reads shared memory of this item any more
     it = next;
   }
-}
-
-// Merges the chunks of a row, 64 threads per head, 8 columns each, chunks in order. Launched early: what
-// the decode kernel waited for is there, its own results are waited for here.
-__global__ void __launch_bounds__(64) merge_chunks_kernel(const __grid_constant__ DecodeArgs a) {
-  constexpr int kBatch = 8;  // chunks whose loads are under way at once
-  extern __shared__ float2 stats[];  // maximum and sum of each chunk
-  int row = blockIdx.x / a.heads, head = blockIdx.x % a.heads, column = threadIdx.x;
-  int64_t seq;
-  int chunks = count_chunks(a, seen_entries(a, row, seq));
-  int64_t slot = ((int64_t)row * a.tiles + head / kHeadTile) * a.chunks * a.tile_heads + head % kHeadTile;
-  const uint4* partial = reinterpret_cast<const uint4*>(a.partial + slot * kDim) + column;
-  uint4 v[kBatch];
-  auto load = [&](int first) {
-#pragma unroll
-    for (int c = 0; c < kBatch; ++c) {
-      if (first + c < chunks) v[c] = __ldcg(partial + (int64_t)(first + c) * a.tile_heads * (kDim / 8));
-    }
-  };
-  cudaGridDependencySynchronize();  // also where there is nothing to do: a later kernel waits for this one only
-  if (chunks <= 1) return;          // finished by its only block
-  load(0);
-  for (int c = threadIdx.x; c < chunks; c += 64) stats[c] = __ldcg(a.stats + slot + (int64_t)c * a.tile_heads);
-  __syncthreads();
-  float top = kNegInf, total = 0.0f, sum[8] = {};
-  for (int c = 0; c < chunks; ++c) top = fmaxf(top, stats[c].x);
-  for (int first = 0; first < chunks; first += kBatch) {
-    if (first > 0) load(first);
-#pragma unroll
-    for (int c = 0; c < kBatch; ++c) {
-      if (first + c >= chunks) break;
-      float2 own = stats[first + c];
-      float weight = own.x == kNegInf ? 0.0f : exp2_fast(own.x - top);
-      total = fmaf(weight, own.y, total);
-      const uint32_t words[4] = {v[c].x, v[c].y, v[c].z, v[c].w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        sum[2 * i] = fmaf(weight, __uint_as_float(words[i] << 16), sum[2 * i]);
-        sum[2 * i + 1] = fmaf(weight, __uint_as_float(words[i] & 0xffff0000u), sum[2 * i + 1]);
-      }
-    }
-  }
-  float factor = finish(a, row, head, top, total, column == 0);
-  uint4 packed = make_uint4(pack_bf16(sum[0] * factor, sum[1] * factor), pack_bf16(sum[2] * factor, sum[3] * factor),
-                            pack_bf16(sum[4] * factor, sum[5] * factor), pack_bf16(sum[6] * factor, sum[7] * factor));
-  reinterpret_cast<uint4*>(a.o + ((int64_t)row * a.heads + head) * kDim)[column] = packed;
 }
 
 }  // namespace causeway
