@@ -12,7 +12,6 @@ from kernels.compress_decode.api import SERIES, CompressPart
 from kernels.row_exchange import reference as exchange
 from kernels.row_exchange.api import RowStream, stream_offsets
 from kernels.sample_partial.api import PartialSample
-from tests.kernels.op_cases.attention import slots_of
 from tests.kernels.op_cases.base import (
     EPS,
     Case,
@@ -29,6 +28,7 @@ from tests.kernels.op_cases.base import (
     positions,
     stored_bytes,
 )
+from tests.kernels.op_cases.pages import slots_of
 
 LATENT, INDEX, FP8 = EntryKind.LATENT, EntryKind.INDEX, CacheDtype.FP8
 

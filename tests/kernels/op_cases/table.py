@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from tests.kernels.op_cases import attention, fused, products, rows
+from tests.kernels.op_cases import attention, fused, pages, products, rows
 from tests.kernels.op_cases.base import Case
 
 CASES: tuple[Case, ...] = tuple(
-    case for part in (rows, products, attention, fused) for case in part.cases()
+    case for part in (rows, products, pages, attention, fused) for case in part.cases()
 )
 
 # Op -> why no test on a GPU asks whether the batch changes its rows.
