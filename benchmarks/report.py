@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.targets import LINES, Figure, Goal, Goals, Line, figure_of, limit_us
+from benchmarks.targets import LINES, Figure, Goal, Goals, Line, figure_of, weight_us
 
+MARKS = ("<!-- kernels: written by benchmarks/kernels.py -->", "<!-- end of kernels -->")
 OPTIONAL = ("deep_gemm", "flash_mla")  # implementations that need an optional package
 
 
@@ -66,7 +67,7 @@ def judge(goals: Goals, row: Row) -> Verdict | None:
         value = figure_of(goal.figure, data)
         if value is None:
             continue
-        wanted = goal.value + (limit_us(data) if goal.plus_limit else 0.0)
+        wanted = goal.value + (weight_us(row.shape) if goal.plus_weight else 0.0)
         ratio = wanted / value if goal.figure.less_is_better else value / wanted
         found.append(Verdict(row=row, goal=goal, value=value, ratio=ratio))
     return max(found, key=lambda v: v.ratio, default=None)
@@ -84,10 +85,10 @@ def served_rows(rows: Sequence[Row]) -> list[Row]:
     return list(best.values())
 
 
-def worst(line: Line, goals: Goals, rows: Sequence[Row]) -> Verdict | None:
-    """The row of a line that stands worst."""
+def verdicts(line: Line, goals: Goals, rows: Sequence[Row]) -> list[Verdict]:
+    """How the rows of a line stand, the worst first; rows without the figure are left out."""
     judged = [judge(goals, row) for row in rows if line.judges(row.op, row.shape)]
-    return min((v for v in judged if v is not None), key=lambda v: v.ratio, default=None)
+    return sorted((v for v in judged if v is not None), key=lambda v: v.ratio)
 
 
 def write_json(rows: Sequence[Row], path: Path) -> None:
@@ -102,34 +103,45 @@ def read_json(path: Path) -> list[Row]:
 
 
 def verdict_table(rows: Sequence[Row]) -> str:
-    """One line per line of the issue's table: the row that stands worst, served and own."""
+    """One line per line of the issue's table: the row that stands worst, own and served."""
     out = [
-        "| line | rows | served, worst row | must | own kernel, worst row | must | target |",
-        "|---|---|---|---|---|---|---|",
+        "| line | own kernel, worst row | must | target | served, worst row | must |",
+        "|---|---|---|---|---|---|",
     ]
     for line in LINES:
-        served, own = served_rows(rows), own_rows(rows)
-        count = sum(line.judges(row.op, row.shape) for row in own)
-        if not count:
-            out.append(f"| {line.name} | 0 | not measured | | not measured | | |")
-            continue
-        cells = [line.name, str(count)]
-        for goals, chosen in ((line.served, served), (line.own, own)):
-            verdict = worst(line, goals, chosen)
-            cells += _cells(goals, verdict)
-        reached = [judge(line.target, row) for row in own if line.judges(row.op, row.shape)]
-        known = [v for v in reached if v is not None]
-        met = f"{_goal_text(line.target)}: {sum(v.met for v in known)} of {len(known)} rows"
-        out.append(f"| {' | '.join(cells)} | {met if line.target else ''} |")
+        own = verdicts(line, line.own, own_rows(rows))
+        served = verdicts(line, line.served, served_rows(rows))
+        reached = verdicts(line, line.target, own_rows(rows))
+        cells = (
+            line.name,
+            _worst_text(own),
+            _must_text(line.own, own),
+            f"{_goal_text(line.target)}: {_count_text(reached)}" if line.target else "",
+            _worst_text(served),
+            _must_text(line.served, served),
+        )
+        out.append(f"| {' | '.join(cells)} |")
     return "\n".join(out)
 
 
-def _cells(goals: Goals, verdict: Verdict | None) -> list[str]:
-    if verdict is None:
-        return ["library not installed", _goal_text(goals)]
-    by = "" if verdict.row.implementation not in OPTIONAL else f", by {verdict.row.implementation}"
-    label = f"{verdict.row.op} {verdict.row.shape}".replace("|", "/")
-    return [f"{_value_text(verdict)} ({label}{by})", f"{_goal_text(goals)}: {_met_text(verdict)}"]
+def _worst_text(judged: Sequence[Verdict]) -> str:
+    if not judged:
+        return "not measured"
+    row = judged[0].row
+    by = f", by {row.implementation}" if row.implementation in OPTIONAL else ""
+    label = f"{row.op} {row.shape}".replace("|", "/")
+    return f"{_number(judged[0].goal.figure, judged[0].value)} ({label}{by})"
+
+
+def _must_text(goals: Goals, judged: Sequence[Verdict]) -> str:
+    if not judged:
+        return _goal_text(goals)
+    count = "" if judged[0].met else f"; {_count_text(judged)} meet it"
+    return f"{_goal_text(goals)}: {_met_text(judged[0])}{count}"
+
+
+def _count_text(judged: Sequence[Verdict]) -> str:
+    return f"{sum(v.met for v in judged)} of {len(judged)} rows"
 
 
 def _met_text(verdict: Verdict) -> str:
@@ -138,13 +150,10 @@ def _met_text(verdict: Verdict) -> str:
     return f"**missed by {100 * (1 - verdict.ratio):.0f} %**"
 
 
-def _value_text(verdict: Verdict) -> str:
-    return _number(verdict.goal.figure, verdict.value)
-
-
 def _goal_text(goals: Goals) -> str:
     return " or ".join(
-        _number(g.figure, g.value) + (" + bytes / 4.27 TB/s" if g.plus_limit else "") for g in goals
+        _number(g.figure, g.value) + (" + weight bytes / 4.27 TB/s" if g.plus_weight else "")
+        for g in goals
     )
 
 
@@ -199,7 +208,7 @@ triton; reference is the torch twin) or an optional backend through the op, its 
 
 ## Against the issue's table
 
-"Served" is what runs where the optional packages are installed; the worst row of each line is shown.
+The worst row of each line is shown. "Served" is what runs where the optional packages are installed.
 
 {verdict_table(rows)}
 
@@ -207,3 +216,16 @@ triton; reference is the torch twin) or an optional backend through the op, its 
 
 {row_table(rows)}
 """
+
+
+def with_verdicts(document: str, rows: Sequence[Row]) -> str:
+    """A Markdown document with the table of verdicts between its two marks.
+
+    Raises:
+        ValueError: the marks are missing.
+    """
+    before, mark, rest = document.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not mark or not end:
+        raise ValueError(f"no {MARKS[0]} ... {MARKS[1]} in the document")
+    return f"{before}{mark}\n{verdict_table(rows)}\n{end}{after}"
