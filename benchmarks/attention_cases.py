@@ -102,7 +102,7 @@ def score_cases() -> Iterator[Case]:
         return Timed(
             calls=[lambda: into(out, *args, fill=True)],
             library=library.index_scores(*args) if one else (),
-            backends=library.served_scores(args) if one else {},
+            backends=library.served_scores(args, rows, width) if one else {},
             backends_in_graph=False,
         )
 

@@ -22,7 +22,7 @@ from kernels.nvcc import check_launch, load_library, pointer, stream
 from kernels.page_layout import CacheDtype, EntryKind, PageLayout
 
 # From here on DeepGEMM is faster than the own kernel, its operands included (benchmarks/results/kernels.md).
-ROWS, ENTRIES = 1024, 16384
+ROWS, ENTRIES = 2048, 16384
 _SOURCE = Path(__file__).parent / "deep_gemm" / "operands.cu"
 _HEADS, _DIM = 64, 128
 _STRIDE = 256  # columns; the row stride is a multiple of it
@@ -96,14 +96,15 @@ def index_score(
     check_launch("index_score: keys", code)
     with DEEP_GEMM.named("fp8_mqa_logits"):
         scores: Tensor = deep_gemm.fp8_mqa_logits(
-            codes, (keys, scales), weights, starts, ends, clean_logits=True
+            codes, (keys, scales), weights, starts, ends, clean_logits=False
         )
     stride = scores.stride(0)
     if stride % _STRIDE or stride <= padded:
         raise BackendError(f"{DEEP_GEMM}: fp8_mqa_logits returned rows {stride} apart for {padded}")
-    # Poison behind the width, see the contract; the last row has no memory behind ``padded``.
-    scores.as_strided((rows - 1, stride - width), (stride, 1), width).fill_(float("inf"))
-    scores[-1, width:] = float("inf")
+    code = _library().causeway_index_hide(
+        *(pointer(scores), stride, pointer(ends), rows, width, padded, stream(q))
+    )
+    check_launch("index_score: hide", code)
     return scores[:, :width]
 
 
@@ -118,4 +119,5 @@ def _library() -> ctypes.CDLL:
     library.causeway_index_keys.argtypes = (
         *(address, wide, number, address, number, number, address, address, address),
     )
+    library.causeway_index_hide.argtypes = (address, wide, address, number, number, number, address)
     return library

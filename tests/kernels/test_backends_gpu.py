@@ -34,7 +34,7 @@ def implementation(module: str, backend: Backend) -> ModuleType:
     return importlib.import_module(module)
 
 
-@pytest.mark.parametrize(("n", "k"), [(8192, 1024), (4096, 4096), (2048, 7168)])
+@pytest.mark.parametrize(("n", "k"), [(1536, 4096), (4096, 4096), (6144, 7168)])
 def test_deep_gemm_products_have_the_own_kernels_bits(n: int, k: int) -> None:
     gemm = implementation("kernels.quant_gemm.deep_gemm_impl", DEEP_GEMM)
     w = prepare_weight(BlockWeight(*quant_fp8_weight(torch.randn(n, k, device="cuda"))))
@@ -54,7 +54,7 @@ def test_deep_gemm_products_have_the_own_kernels_bits(n: int, k: int) -> None:
 
 def test_deep_gemm_reads_neither_padding_nor_other_rows() -> None:
     gemm = implementation("kernels.quant_gemm.deep_gemm_impl", DEEP_GEMM)
-    n, k = 8192, 1024
+    n, k = 1536, 4096
     w = prepare_weight(BlockWeight(*quant_fp8_weight(torch.randn(n, k, device="cuda"))))
     height = gemm.FASTER[n, k][-1]
     rows = quant_rows(torch.randn(height, k, device="cuda"))
@@ -90,7 +90,7 @@ def score_inputs(rows: int, blocks: int, per_page: int, pad: int = 0) -> Score:
 
 
 @pytest.mark.parametrize(
-    ("rows", "per_page", "pad"), [(1024, 64, 0), (1100, 100, 8), (2049, 64, 4)]
+    ("rows", "per_page", "pad"), [(2048, 64, 0), (2100, 100, 8), (4097, 64, 4)]
 )
 def test_deep_gemm_scores(rows: int, per_page: int, pad: int) -> None:
     score = implementation("kernels.index_score.deep_gemm_impl", DEEP_GEMM)
@@ -110,7 +110,7 @@ def test_deep_gemm_scores(rows: int, per_page: int, pad: int) -> None:
 @pytest.mark.parametrize("change", ["inexact", "hole", "two sequences", "few rows", "no entry"])
 def test_what_deep_gemm_does_not_score_goes_to_the_own_kernel(change: str) -> None:
     score = implementation("kernels.index_score.deep_gemm_impl", DEEP_GEMM)
-    q, w, pool, shape, table, seq, num = score_inputs(1024, 9, 64)
+    q, w, pool, shape, table, seq, num = score_inputs(2048, 9, 64)
     if change == "inexact":
         q[1000, 63] = torch.randn(128, device="cuda").to(torch.bfloat16)
     elif change == "hole":
@@ -119,7 +119,7 @@ def test_what_deep_gemm_does_not_score_goes_to_the_own_kernel(change: str) -> No
     elif change == "two sequences":
         table = table.repeat(2, 1)
     elif change == "few rows":
-        q, w, seq, num = q[:1000], w[:1000], seq[:1000], num[:1000]
+        q, w, seq, num = q[:2000], w[:2000], seq[:2000], num[:2000]
     else:
         num.zero_()
     args = (q, w, pool, shape, table, seq, num)

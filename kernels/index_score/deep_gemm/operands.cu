@@ -6,6 +6,7 @@
 #include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <cstdint>
 
 namespace {
@@ -101,6 +102,17 @@ __global__ void __launch_bounds__(kThreads)
     if (lane == 0) scales[entry] = scale;
 }
 
+// What a row does not see becomes -inf, and poison (+inf) from the width on; one block per row.
+__global__ void __launch_bounds__(kThreads)
+    hide_kernel(float* scores, int64_t stride, const int32_t* ends, int rows, int width, int padded) {
+    const int row = blockIdx.x;
+    float* out = scores + int64_t{row} * stride;
+    // The last row has no memory behind `padded`.
+    const int64_t last = row + 1 < rows ? stride : padded;
+    for (int64_t i = ends[row] + threadIdx.x; i < last; i += kThreads)
+        out[i] = i < width ? -INFINITY : INFINITY;
+}
+
 }  // namespace
 
 extern "C" int causeway_index_queries(const __nv_bfloat16* q, int64_t q_row, int64_t q_head,
@@ -124,5 +136,11 @@ extern "C" int causeway_index_keys(const uint8_t* pool, int64_t page_stride, int
     const int blocks = (padded + kThreads / 32 - 1) / (kThreads / 32);
     keys_kernel<<<blocks, kThreads, 0, stream>>>(pool, page_stride, per_page, table, count, padded,
                                                  keys, scales);
+    return cudaGetLastError();
+}
+
+extern "C" int causeway_index_hide(float* scores, int64_t stride, const int32_t* ends, int rows,
+                                   int width, int padded, cudaStream_t stream) {
+    hide_kernel<<<rows, kThreads, 0, stream>>>(scores, stride, ends, rows, width, padded);
     return cudaGetLastError();
 }
