@@ -202,7 +202,7 @@ def decode_cases() -> Iterator[Case]:
         return Timed(
             calls=through(op),
             library=library.sparse_decode(q, ring, chosen, sink, SCALE),
-            backends=library.served_attention(through, heads, picked),
+            backends=library.served_attention(through, q, ring, chosen[0], SCALE),
         )
 
     for name, rows, heads, context, picked in [

@@ -183,11 +183,15 @@ def sparse_decode(
 
 
 def served_attention(
-    through: Callable[[Any], list[Call]], heads: int, picked: int | None
+    through: Callable[[Any], list[Call]],
+    q: Tensor,
+    ring: WindowRing,
+    entries: EntryPages | None,
+    scale: float,
 ) -> dict[str, Sequence[Call]]:
-    """``sparse_attention`` through FlashMLA where it takes the call."""
+    """``sparse_attention`` through FlashMLA where it serves the call."""
     impl = _flash()
-    if impl is None or heads not in FLASH_HEADS or picked is None:
+    if impl is None or not impl.serves(q, ring, entries, scale):
         return {}
     return {"flash_mla": through(impl.sparse_attention)}
 

@@ -171,7 +171,9 @@ _FASTER: dict[str, tuple[Implementation, ...]] = {
     "prepare_experts": _hopper("grouped_gemm", "FP8 stacks; FP4 re-encoded where exact"),
     "expert_ffn": _hopper("grouped_gemm", "two grouped FP8 products"),
     "linear_quant": (
-        _optional("quant_gemm", "deep_gemm", DEEP_GEMM, "bf16 results of many rows; else cuda"),
+        _optional(
+            "quant_gemm", "deep_gemm", DEEP_GEMM, "thousands of rows, some weights; else cuda"
+        ),
         *_hopper("quant_gemm", "FP8 tensor cores"),
     ),
     "linear_swiglu_quant": _hopper("quant_gemm", "SwiGLU and FP8 form in the product's store"),
@@ -186,7 +188,7 @@ _FASTER: dict[str, tuple[Implementation, ...]] = {
     "topk_select": _hopper("topk", "one pass over f32 rows; f64 runs the twin"),
     "topk_merge": _hopper("topk", "f32, up to 8192 candidates; else the twin"),
     "sparse_attention": (
-        _optional("sparse_attention", "flash_mla", FLASH_MLA, "decode, 64/128 heads; else cuda"),
+        _optional("sparse_attention", "flash_mla", FLASH_MLA, "decode of large batches; else cuda"),
         *_hopper("sparse_attention", "BF16 tensor cores; bf16 q, d 512, else twin"),
     ),
     "merge_lse": _hopper("merge_lse", "one pass; f64 runs the twin"),

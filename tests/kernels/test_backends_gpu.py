@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import BlockWeight, CacheDtype, EntryKind, QuantRows, quant_fp8_weight, quant_rows
+from kernels import (
+    BlockWeight,
+    CacheDtype,
+    EntryKind,
+    EntryPages,
+    QuantRows,
+    WindowRing,
+    quant_fp8_weight,
+    quant_rows,
+)
 from kernels.backend import DEEP_GEMM, FLASH_MLA, Backend
 from kernels.index_score import cuda_impl as own_score
 from kernels.index_score import reference as score_reference
@@ -25,6 +34,7 @@ from tests.kernels.attention_gpu import error, layout, random_entries, random_po
 pytestmark = pytest.mark.gpu
 GEMM_BOUND, SCORE_BOUND, O_BOUND, LSE_BOUND = 3e-3, 1e-3, 4e-3, 1e-4
 SCALE = 512**-0.5
+ROW_FIELDS = ("row_seq", "index", "num_entries")
 
 
 def implementation(module: str, backend: Backend) -> ModuleType:
@@ -131,7 +141,7 @@ def test_what_deep_gemm_does_not_score_goes_to_the_own_kernel(change: str) -> No
 @pytest.mark.parametrize("holes", [False, True])
 def test_flash_mla_decode(heads: int, topk: int, holes: bool) -> None:
     mla = implementation("kernels.sparse_attention.flash_mla_impl", FLASH_MLA)
-    rows = 12
+    rows = mla.FASTER_FROM[heads] + 2
     entries = random_entries(rows, seqs=3, blocks=20, per_page=64, topk=topk, holes=holes)
     ring = random_ring(rows, 128, CacheDtype.FP8)
     ring.slots[2:4] = -1  # with and without entries
@@ -141,9 +151,8 @@ def test_flash_mla_decode(heads: int, topk: int, holes: bool) -> None:
     sinks = (torch.randn(heads, device="cuda"), None)
     for window, chosen, sink in (
         (ring, entries, sinks[0]),
-        (few, None, sinks[0]),
+        (few, entries, sinks[0]),
         (None, entries, sinks[1]),
-        (ring, None, sinks[1]),
         (ring, entries, sinks[1]),
     ):
         assert mla.serves(q, window, chosen, SCALE)
@@ -160,11 +169,21 @@ def test_flash_mla_decode(heads: int, topk: int, holes: bool) -> None:
 
 def test_what_flash_mla_does_not_take_goes_to_the_own_kernel() -> None:
     mla = implementation("kernels.sparse_attention.flash_mla_impl", FLASH_MLA)
-    ring = random_ring(5, 128, CacheDtype.BF16)
-    entries = random_entries(5, seqs=2, blocks=3, per_page=64, topk=None)
-    fp8 = random_ring(5, 128, CacheDtype.FP8)
-    for heads, window, pages in ((64, ring, None), (16, fp8, None), (64, fp8, entries)):
-        q = torch.randn(5, heads, 512, device="cuda", dtype=torch.bfloat16)
+    rows = mla.FASTER_FROM[64]
+    chosen = random_entries(rows, seqs=2, blocks=3, per_page=64, topk=40)
+    every = dataclasses.replace(chosen, index=None)
+    fp8, bf16 = (random_ring(rows, 128, x) for x in (CacheDtype.FP8, CacheDtype.BF16))
+    few = dataclasses.replace(chosen, **{n: getattr(chosen, n)[:5] for n in ROW_FIELDS})
+    calls: list[tuple[int, int, WindowRing, EntryPages | None]] = [
+        (rows, 64, bf16, chosen),
+        (rows, 64, fp8, every),
+        (rows, 64, fp8, None),
+        (rows, 16, fp8, chosen),
+        (5, 64, dataclasses.replace(fp8, slots=fp8.slots[:5]), few),
+    ]
+    for count, heads, window, pages in calls:
+        q = torch.randn(count, heads, 512, device="cuda", dtype=torch.bfloat16)
+        assert not mla.serves(q, window, pages, SCALE)
         got = mla.sparse_attention(q, window, pages, sink=None, scale=SCALE)
         own = own_attention.sparse_attention(q, window, pages, sink=None, scale=SCALE)
         assert torch.equal(got[0], own[0])
