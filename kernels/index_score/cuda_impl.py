@@ -72,12 +72,14 @@ def score_into(
     num_entries: Tensor,
     *,
     fill: bool,
+    head_scale: float | None = None,
 ) -> None:
     """Write the scores of all visible entries to ``out`` [T, width]; no host synchronisation.
 
     Args:
         out: float32 [T, width], any row stride.
         fill: write -inf to the columns a row does not see; else they stay as they are.
+        head_scale: as in ``index_topk``.
     """
     rows, width = out.shape
     if rows == 0 or width == 0:
@@ -103,6 +105,7 @@ def score_into(
         ctypes.c_int(rows),
         ctypes.c_int(width),
         ctypes.c_int(fill),
+        ctypes.c_float(head_scale or 0.0),  # 0: weights as they are
         ctypes.c_int(tile),
         ctypes.c_int(_parts(-(-rows // tile), tile, width, q.device.index or 0)),
         stream(q),

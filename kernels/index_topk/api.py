@@ -20,6 +20,8 @@ def index_topk(
     row_seq: Tensor,
     num_entries: Tensor,
     k: int,
+    *,
+    head_scale: float | None = None,
 ) -> Tensor:
     """``topk_select(index_score(...), k)``, where the GPU needs no host synchronisation.
 
@@ -35,6 +37,8 @@ def index_topk(
         row_seq: int64 [T], sequence of each row; -1 = none, nothing is chosen.
         num_entries: int64 [T], entries a row may see.
         k: any number >= 0.
+        head_scale: not 0. ``w`` are products not rounded yet: each becomes ``q.dtype``, then is multiplied
+            by this in float32. None: ``w`` as it is.
 
     Returns:
         int32 [T, k]: chosen entries, ascending, -1 last; ties go to the smaller entry.
@@ -70,7 +74,9 @@ def index_topk(
         )
     if k < 0:
         raise KernelContractError(f"index_topk: k = {k}, allowed: 0 and above")
+    if head_scale == 0:
+        raise KernelContractError("index_topk: head_scale: expected a number other than 0, or None")
     result: Tensor = kernel("index_topk", q.device)(
-        q, w, pool, layout, block_table, row_seq, num_entries, k
+        q, w, pool, layout, block_table, row_seq, num_entries, k, head_scale=head_scale
     )
     return result

@@ -29,10 +29,14 @@ def index_topk(
     row_seq: Tensor,
     num_entries: Tensor,
     k: int,
+    *,
+    head_scale: float | None = None,
 ) -> Tensor:
     """See ``kernels.index_topk.api.index_topk``. Shapes the score kernel lacks run the torch twin."""
     if not score.supports(q, layout):
-        return reference.index_topk(q, w, pool, layout, block_table, row_seq, num_entries, k)
+        return reference.index_topk(
+            q, w, pool, layout, block_table, row_seq, num_entries, k, head_scale=head_scale
+        )
     rows, width = q.shape[0], block_table.shape[1] * layout.entries_per_page
     chosen = torch.empty(rows, k, dtype=torch.int32, device=q.device)
     if width == 0:
@@ -53,6 +57,7 @@ def index_topk(
             row_seq[part],
             num_entries[part],
             fill=False,
+            head_scale=head_scale,
         )
         topk.select_into(chosen[part], out, None, num_entries[part], row_seq[part])
     return chosen

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.index_score.reference import index_score
+from kernels.numerics import widen
 from kernels.page_layout import PageLayout
 from kernels.topk.reference import topk_select
 
@@ -21,8 +22,12 @@ def index_topk(
     row_seq: Tensor,
     num_entries: Tensor,
     k: int,
+    *,
+    head_scale: float | None = None,
 ) -> Tensor:
     """See ``kernels.index_topk.api.index_topk``."""
+    if head_scale is not None:
+        w = widen(w.to(q.dtype)) * head_scale
     rows = q.shape[0]
     width = max(1, int(num_entries.max())) if rows else 1
     step = max(1, _MAX_SCORES // width)

@@ -97,13 +97,14 @@ class Indexer:
         )
         chosen = index_topk(
             query,
-            self._scaled(head_weights[lo:hi]),
+            head_weights[lo:hi],
             pool,
             layout,
             block_table,
             row_seq[lo:hi],
             num_entries[lo:hi],
             self.topk,
+            head_scale=self.weight_scale,
         )
         return tp.all_gather_v(chosen, [b - a for a, b in bounds])
 
@@ -125,12 +126,21 @@ class Indexer:
             query: finished query heads [T, h, di].
             head_weights, pool, layout, block_table, row_seq, num_entries: as in ``select_prefill``.
         """
-        weight = self._scaled(head_weights)
         world = self.mesh.world
         if not dcp or world.size == 1:
             return index_topk(
-                query, weight, pool, layout, block_table, row_seq, num_entries, self.topk
+                query,
+                head_weights,
+                pool,
+                layout,
+                block_table,
+                row_seq,
+                num_entries,
+                self.topk,
+                head_scale=self.weight_scale,
             )
+        # Rounded to the streams' dtype as the official product is, then scaled, wide.
+        weight = widen(head_weights.to(self.projector.dtype)) * self.weight_scale
         n = layout.entries_per_page
         # Block i of a request is scored by rank i % world, so its entries keep their order.
         full, rest = num_entries // n, num_entries % n
@@ -149,10 +159,6 @@ class Indexer:
         all_values = _gather_columns(world, values)
         all_entries = _gather_columns(world, entry)
         return topk_merge(all_values, all_entries, self.topk)
-
-    def _scaled(self, head_weights: Tensor) -> Tensor:
-        """Rounded to the streams' dtype as the official product is, then scaled, wide."""
-        return widen(head_weights.to(self.projector.dtype)) * self.weight_scale
 
 
 def _gather_columns(group: Group, rows: Tensor) -> Tensor:

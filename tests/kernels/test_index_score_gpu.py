@@ -102,3 +102,18 @@ def test_fused_selection(rows: int, k: int) -> None:
     shape = layout(EntryKind.INDEX, CacheDtype.FP8, 64)
     got = fused.index_topk(q, w, pool, shape, table, row_seq, num, k)
     assert torch.equal(got, topk_select(scores(args, 64), k))
+
+
+def test_head_weights_are_rounded_and_scaled() -> None:
+    """``head_scale`` on raw products in a wider row: the scores of weights rounded and scaled before."""
+    q, w, pool, table, row_seq, num = inputs(90)
+    shape, scale = layout(EntryKind.INDEX, CacheDtype.FP8, 64), 0.0110485
+    raw = torch.full((90, 80), torch.nan, device="cuda")[:, 7:71]
+    raw.copy_(w)
+    args = (pool, shape, table, row_seq, num)
+    found = []
+    for weights, factor in ((raw, scale), (w.bfloat16().float() * scale, None)):
+        out = torch.full((90, 64 * table.shape[1]), torch.nan, device="cuda")
+        cuda_impl.score_into(out, q, weights, *args, fill=True, head_scale=factor)
+        found.append(out)
+    assert torch.equal(*found)

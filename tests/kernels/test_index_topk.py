@@ -51,6 +51,17 @@ def test_equals_score_then_select(rows: int, k: int, monkeypatch: pytest.MonkeyP
         assert torch.equal(got, want)
 
 
+def test_head_weights_are_rounded_and_scaled() -> None:
+    """``head_scale``: raw products become q's dtype first, as the official product does."""
+    q, w, pool, table, row_seq, num = inputs(40)
+    q, scale = q.bfloat16(), 0.0110485
+    args = (pool, LAYOUT, table, row_seq, num, 3)
+    got = index_topk(q, w, *args, head_scale=scale)
+    assert torch.equal(got, index_topk(q, w.bfloat16().float() * scale, *args))
+    with pytest.raises(KernelContractError, match="head_scale"):
+        index_topk(q, w, *args, head_scale=0.0)
+
+
 def test_contract() -> None:
     q, w, pool, table, row_seq, num = inputs(4)
     with pytest.raises(KernelContractError, match="k = -1"):

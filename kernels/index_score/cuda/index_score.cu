@@ -80,6 +80,7 @@ __device__ bool load_queries(ScoreSmem<kRows>& s, const ScoreArgs& a, int first)
     any |= rest;
     if (segment == 0) {
       float weight = real ? a.w[(int64_t)(first + row) * a.w_row + head] : 0.0f;
+      if (a.w_scale != 0.0f) weight = __bfloat162float(__float2bfloat16_rn(weight)) * a.w_scale;
       s.w[row][head] = weight * __uint_as_float((uint32_t)(126 + shift) << 23);
     }
   }
@@ -342,11 +343,12 @@ extern "C" int causeway_index_score(const void* q, int64_t q_row, int64_t q_head
                                     int64_t w_row, const uint8_t* pool, int64_t page_stride, int per_page,
                                     const int32_t* block_table, int64_t table_row, const int64_t* row_seq,
                                     const int64_t* num_entries, float* out, int64_t out_row, int rows,
-                                    int width, int fill, int tile_rows, int parts, cudaStream_t stream) {
+                                    int width, int fill, float w_scale, int tile_rows, int parts,
+                                    cudaStream_t stream) {
   int shift = per_page & (per_page - 1) ? -1 : __builtin_ctz((unsigned)per_page);
   causeway::ScoreArgs a = {static_cast<const __nv_bfloat16*>(q), q_row,   q_head,      w,   w_row,   pool,
                            page_stride, per_page, shift, block_table, table_row, row_seq, num_entries, out,
-                           out_row, rows, width, fill};
+                           out_row, rows, width, fill, w_scale};
   if (tile_rows == 1) return causeway::launch<1>(a, parts, stream);
   if (tile_rows == 4) return causeway::launch<4>(a, parts, stream);
   if (tile_rows == 8) return causeway::launch<8>(a, parts, stream);

@@ -26,6 +26,7 @@ struct ScoreArgs {
   float* out;
   int64_t out_row;
   int rows, width, fill;
+  float w_scale;  // 0: w as it is; else w becomes bf16, then is multiplied by this
 };
 
 // Page of the block table, and place in it, of an entry.
