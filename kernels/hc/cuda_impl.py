@@ -2,9 +2,10 @@
 
 Other shapes and float32 take the Triton kernels of this folder. Up to ``_FEW`` tokens one launch of
 clusters does everything, the RMSNorm and the FP8 form behind included. Above, groups of blocks wait for
-each other, so all blocks of a launch must fit on the device at once, and two launches must not overlap:
-these ops belong to one stream of a device. The first call on a device allocates and compiles; make it
-before a graph is captured.
+each other, so all blocks of a launch must fit on the device at once, and two such launches must not
+overlap: these ops belong to one stream of a device. ``fn`` and the norm's weight must not be written by
+the kernel directly ahead in the stream, which may still run when they are read. The first call on a
+device allocates and compiles; make it before a graph is captured.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from kernels.quant_rows.api import QuantRows, empty_quant_rows, rms_norm_quant
 from kernels.triton_math import twin_for_float64
 
 _CUDA = Path(__file__).parent / "cuda"
-_SOURCES = [_CUDA / name for name in ("hc.cu", "hc_math.cuh", "hc_tiles.cuh", "hc_few.cuh")]
+_SOURCES = [_CUDA / "hc.cu", *sorted(_CUDA.glob("*.cuh"))]
 _STREAMS, _SLAB, _TILE, _RING, _SUMS = 4, 256, 16, 8, 448  # as in the sources
 _FEW = 64  # tokens up to which clusters run
 _MULTIPLE = 1024  # columns come in multiples of this

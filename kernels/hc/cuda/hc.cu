@@ -126,6 +126,7 @@ extern "C" int causeway_hc(int mode, int few, const void* x, int64_t x_token, in
   args.slabs = dim / kSlab;
   args.groups = groups;
   args.iters = iters;
+  args.few = 0;
   args.norm_is_float = norm_is_float;
   args.eps = eps;
   args.norm_eps = norm_eps;

@@ -3,38 +3,19 @@
 // finishes the token: factors, collapsed row, RMSNorm, FP8 form. The sums are those of hc_tiles.cuh in the
 // same order, norm and codes those of kernels/quant_rows.
 #pragma once
-#include "hc_math.cuh"
+#include "hc_cluster.cuh"
+#include "hc_factors.cuh"
 
 namespace causeway {
 namespace hc {
 
-constexpr int kFewTile = 16;  // tokens of a cluster
+constexpr int kFewTile = 16;  // tokens of a cluster, at most
+constexpr int kClusters = 4;  // up to which a cluster takes only eight
 constexpr int kCluster = 16;
 constexpr int kFewThreads = kUnits * 32;
 constexpr int kFinishers = 256;  // threads that collapse a row, columns 8 t .. of every 2048
 constexpr int kMaxSlabs = 32;
 constexpr int kFewSums = kFewTile * kRecord;
-
-__device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void cluster_wait() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-// A shared-memory address of this block in the block `rank` of the cluster.
-__device__ __forceinline__ uint32_t remote_address(uint32_t smem, uint32_t rank) {
-  uint32_t there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(smem), "r"(rank));
-  return there;
-}
-__device__ __forceinline__ void store_remote(uint32_t there, float value) {
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
-}
-__device__ __forceinline__ void store_remote(uint32_t there, const uint4& v) {
-  asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(there), "r"(v.x), "r"(v.y),
-               "r"(v.z), "r"(v.w)
-               : "memory");
-}
 
 // Shared memory: partial sums of a slab, slab sums, barriers, the second slab's weights, then the norm's
 // weight and the streams' rows.
@@ -51,7 +32,8 @@ struct FewLayout {
 // in global memory and in the finishing block's rows.
 template <Mode kMode>
 __device__ __forceinline__ void load_columns(uint4 (&x)[2], const Arguments& args, int64_t token,
-                                             int stream, int column, uint32_t rows, uint32_t finisher) {
+                                             int stream, int column, uint32_t rows, uint32_t bar,
+                                             uint32_t finisher) {
   const __nv_bfloat16* from = args.x + token * args.x_token + column;
   if constexpr (kMode != Mode::kPostPre) {
 #pragma unroll
@@ -73,11 +55,12 @@ __device__ __forceinline__ void load_columns(uint4 (&x)[2], const Arguments& arg
     }
   }
   const uint32_t there = remote_address(rows + (stream * args.dim + column) * 2, finisher);
+  bar = remote_address(bar, finisher);
   __nv_bfloat16* to = args.streams + (token * kStreams + stream) * args.dim + column;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     x[half] = mix_columns(post, comb, a[half], old[half]);
-    store_remote(there + half * 64, x[half]);
+    send(there + half * 64, bar, x[half]);
     *reinterpret_cast<uint4*>(to + half * 32) = x[half];
   }
 }
@@ -93,18 +76,23 @@ __global__ void __launch_bounds__(kFewThreads, 1) few_kernel(const __grid_consta
   float* partial = reinterpret_cast<float*>(memory);
   float* slab_sums = reinterpret_cast<float*>(memory + L::kSlabSums);
   const uint32_t row_bar = smem_address(memory + L::kBars), weight_bar = row_bar + 8;
+  const uint32_t sum_bar = row_bar + 16;  // slab sums, and the streams that hc_post made
   const char* norm_weight = memory + L::kRest;
   char* rows = memory + L::kRest + args.dim * 4;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int rank = blockIdx.x % kCluster;
-  const int64_t first = (int64_t)(blockIdx.x / kCluster) * kFewTile;
-  const int live = args.tokens - first < kFewTile ? (int)(args.tokens - first) : kFewTile;
+  const int64_t first = (int64_t)(blockIdx.x / kCluster) * args.few;
+  const int live = args.tokens - first < args.few ? (int)(args.tokens - first) : args.few;
   // The last blocks finish the first tokens: they may have no slab to mix.
   const int mine = kCluster - 1 - rank;
   const bool finishes = mine < live;
   const int64_t token = first + mine;
 
   asm volatile("griddepcontrol.launch_dependents;");
+  // The second slab's columns come to L2 while the first is mixed.
+  const auto prefetch = [&](const __nv_bfloat16* row) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(row + (rank * kSlabs + 1) * kSlab + warp % 4 * 64));
+  };
   // What no kernel ahead writes: weights, and what goes with the mixes.
   const uint32_t norm_bytes =
       args.norm_weight == nullptr ? 0 : args.dim * (args.norm_is_float ? 4 : 2);
@@ -114,9 +102,13 @@ __global__ void __launch_bounds__(kFewThreads, 1) few_kernel(const __grid_consta
     if (lane == 0) {
       mbar_init(row_bar, 1);
       mbar_init(weight_bar, 1);
+      mbar_init(sum_bar, 1);
       mbar_fence_init();
       if (second) expect_bytes(weight_bar, kStreams * kMixes * kSlab * 4);
-      if (finishes) expect_bytes(row_bar, norm_bytes + row_bytes);
+      if (finishes) {
+        expect_bytes(row_bar, norm_bytes + row_bytes);
+        expect_bytes(sum_bar, args.slabs * kRecord * 4 + (kPost ? args.dim * 2 * kStreams : 0));
+      }
       if (finishes && norm_bytes) {
         bulk_copy(smem_address(norm_weight), args.norm_weight, norm_bytes, row_bar);
       }
@@ -136,6 +128,10 @@ __global__ void __launch_bounds__(kFewThreads, 1) few_kernel(const __grid_consta
   const int record = lane < kRecord ? lane : kRecord - 1;
   const Affine affine = load_affine<kMode>(args, record);
   asm volatile("griddepcontrol.wait;" ::: "memory");
+  if (second && lane < live) {
+    prefetch(args.x + (first + lane) * args.x_token + warp / 4 * args.x_stream);
+    if (kPost && warp < 4) prefetch(args.a + (first + lane) * args.a_token);
+  }
   if (!kPost && thread == 0 && finishes) {
 #pragma unroll
     for (int s = 0; s < kStreams; ++s) {
@@ -155,7 +151,7 @@ __global__ void __launch_bounds__(kFewThreads, 1) few_kernel(const __grid_consta
       const int other = half * 8 + lane / 4;  // whose columns this lane feeds to the products
       if (other < live) {
         load_columns<kMode>(x[half], args, first + other, stream, slab * kSlab + column,
-                            smem_address(rows), kCluster - 1 - other);
+                            smem_address(rows), sum_bar, kCluster - 1 - other);
       }
     }
     if (n > 0) {
@@ -176,24 +172,21 @@ __global__ void __launch_bounds__(kFewThreads, 1) few_kernel(const __grid_consta
         }
       }
     }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      store_sums(sums[half], partial + warp * kFewSums + half * 8 * kRecord, lane);
-    }
+    store_sums(add_up(sums[0]), partial + warp * kFewSums, lane);
+    if (live > 8) store_sums(add_up(sums[1]), partial + warp * kFewSums + 8 * kRecord, lane);
     __syncthreads();
     if (thread < live * kRecord) {
       float sum = partial[thread];
 #pragma unroll
       for (int unit = 1; unit < kUnits; ++unit) sum += partial[unit * kFewSums + thread];
       const uint32_t at = smem_address(slab_sums + slab * kRecord + thread % kRecord);
-      store_remote(remote_address(at, kCluster - 1 - thread / kRecord), sum);
+      const uint32_t finisher = kCluster - 1 - thread / kRecord;
+      send(remote_address(at, finisher), remote_address(sum_bar, finisher), sum);
     }
   }
-  __syncwarp();
-  cluster_arrive();
-  if (finishes) mbar_wait(row_bar, 0);
-  cluster_wait();
   if (!finishes || warp > kFinishers / 32) return;
+  mbar_wait(row_bar, 0);
+  mbar_wait(sum_bar, 0);
   float sum = 0.0f;
 #pragma unroll 8
   for (int slab = 0; slab < args.slabs; ++slab) sum += slab_sums[slab * kRecord + record];
@@ -291,7 +284,7 @@ cudaError_t launch_few(const Arguments& args, cudaStream_t stream) {
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((unsigned)((args.tokens + kFewTile - 1) / kFewTile) * kCluster);
+  config.gridDim = dim3((unsigned)((args.tokens + args.few - 1) / args.few) * kCluster);
   config.blockDim = dim3(kFewThreads);
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
@@ -301,7 +294,8 @@ cudaError_t launch_few(const Arguments& args, cudaStream_t stream) {
 }
 
 template <Mode kMode>
-cudaError_t start_few(const Arguments& args, cudaStream_t stream) {
+cudaError_t start_few(Arguments args, cudaStream_t stream) {
+  args.few = args.tokens <= 8 * kClusters ? 8 : kFewTile;
   return args.slabs <= kCluster ? launch_few<kMode, 1, 2>(args, stream)
                                 : launch_few<kMode, 2, 4>(args, stream);
 }

@@ -1,0 +1,133 @@
+// A tile of hc_tiles.cuh: how it lies in shared memory, how it gets there, and the words that blocks send.
+#pragma once
+#include <cuda.h>
+
+#include "hc_factors.cuh"
+
+namespace causeway {
+namespace hc {
+
+constexpr int kTile = 16;  // tokens
+constexpr int kSums = kRecord * kTile;
+constexpr int kMixWarps = 8;  // two units each
+constexpr int kMixers = kMixWarps * 32;
+constexpr int kColumnWarps = 4;  // make the streams, collapse; kPart tokens of a tile each
+constexpr int kPart = kTile / kColumnWarps;
+constexpr int kServers = 3;      // finish the tokens that the block owns, each every third tile
+constexpr int kAllThreads = kMixers + (kColumnWarps + 1 + kServers) * 32;
+constexpr int kTogether = 8;  // words that a server waits for at once
+constexpr int kRing = 8;   // tiles whose words are kept; more than there are stages
+constexpr int kSides = 2;  // of a and the factors, which are free once the streams are made
+constexpr int kStreamBytes = kSlab * 2;
+// A tile lies as four boxes of 64 columns. A row of 128 bytes holds those of a token's stream, its 16-byte
+// pieces swapped by the row's number: tokens and streams at the same columns lie in different banks.
+constexpr int kBoxColumns = 64;
+constexpr int kBoxes = kSlab / kBoxColumns;
+constexpr int kBoxBytes = kTile * kStreams * kBoxColumns * 2;
+constexpr int kStageBytes = kBoxes * kBoxBytes;
+constexpr int kFactorBytes = (kStreams + 16) * 4;
+constexpr int kSideBytes = kTile * (kStreamBytes + kFactorBytes);
+
+template <Mode kMode>
+struct Layout {
+  static constexpr int kStages = kMode == Mode::kPostPre ? 5 : 6;  // tiles of streams
+  static constexpr int kLag = kMode == Mode::kPostPre ? 2 : 0;  // tiles from streams made to collapsed
+  static constexpr int kSide = kStages * kStageBytes;
+  static constexpr int kPartial = kSide + (kMode == Mode::kPostPre ? kSides * kSideBytes : 0);
+  static constexpr int kFull = kPartial + kUnits * kSums * 4;  // per stage: loaded, made, free
+  static constexpr int kBytes = kFull + 3 * kStages * 8;
+  static_assert(kBytes <= 227 * 1024, "shared memory of one block");
+};
+
+__device__ __forceinline__ uint64_t load_word(const uint64_t* p) {
+  uint64_t word;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(p) : "memory");
+  return word;
+}
+__device__ __forceinline__ void store_word(uint64_t* p, float value, uint32_t tag) {
+  uint64_t word = (uint64_t)tag << 32 | __float_as_uint(value);
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(word) : "memory");
+}
+
+// What a block works on. Each role reads it from shared memory: registers are for the loops.
+struct Share {
+  int group, slab, tiles;
+  uint32_t epoch;
+};
+
+// Where the words of tile i lie: sums for the owner of each token, [group, slot, token, slab, record];
+// factors behind all of them, [group, slot, token, stream].
+struct Words {
+  uint64_t *sums, *factors;
+  uint32_t tag;
+};
+__device__ __forceinline__ Words words_of(const Arguments& args, const Share& share, int i) {
+  uint64_t* ring = reinterpret_cast<uint64_t*>(args.ring);
+  int slot = share.group * kRing + i % kRing;
+  return {ring + (int64_t)slot * args.slabs * kSums,
+          ring + (int64_t)args.groups * kRing * args.slabs * kSums + slot * kTile * kStreams,
+          share.epoch + i / kRing + 1};
+}
+
+// Where eight columns, a piece of 0..31, of a token's stream lie in a tile.
+__device__ __forceinline__ int piece_at(int token, int stream, int piece) {
+  const int row = token * kStreams + stream;
+  return piece / 8 * kBoxBytes + row * 128 + ((piece ^ row) & 7) * 16;
+}
+
+// What the copy engine reads and writes: boxes of 64 columns and all streams; of a, all columns.
+struct Maps {
+  CUtensorMap x, a, streams;
+};
+
+__device__ __forceinline__ void load_box(uint32_t smem, const CUtensorMap* map, int column, int token,
+                                         uint32_t bar) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(smem),
+      "l"(map), "r"(bar), "r"(column), "r"(0), "r"(token)
+      : "memory");
+}
+__device__ __forceinline__ void load_rows(uint32_t smem, const CUtensorMap* map, int column, int token,
+                                          uint32_t bar) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4}], [%2];" ::"r"(smem),
+      "l"(map), "r"(bar), "r"(column), "r"(token)
+      : "memory");
+}
+__device__ __forceinline__ void store_box(const CUtensorMap* map, uint32_t smem, int column, int token) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
+      "r"(smem), "r"(column), "r"(0), "r"(token)
+      : "memory");
+}
+__device__ __forceinline__ void stores_end() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// All but the latest kPending groups of stores have read shared memory.
+template <int kPending>
+__device__ __forceinline__ void stores_have_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+// One thread asks for a tile. Rows beyond the last token become zeros.
+template <Mode kMode>
+__device__ __forceinline__ void load_tile(const Arguments& args, const Maps& maps, uint32_t stage,
+                                          uint32_t side, uint32_t full, int64_t first, int slab) {
+  constexpr bool kPost = kMode == Mode::kPostPre;
+  int64_t left = args.tokens - first;
+  int live = left < kTile ? (int)left : kTile;
+  expect_bytes(full, kStageBytes + (kPost ? kTile * kStreamBytes + live * kFactorBytes : 0));
+#pragma unroll
+  for (int box = 0; box < kBoxes; ++box) {
+    load_box(stage + box * kBoxBytes, &maps.x, slab * kSlab + box * kBoxColumns, (int)first, full);
+  }
+  if constexpr (kPost) {
+    load_rows(side, &maps.a, slab * kSlab, (int)first, full);
+    side += kTile * kStreamBytes;
+    bulk_copy(side, args.post_in + first * 4, live * 16, full);
+    bulk_copy(side + kTile * 16, args.comb_in + first * 16, live * 64, full);
+  }
+}
+
+}  // namespace hc
+}  // namespace causeway
