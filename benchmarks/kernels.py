@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.case import Call, Case, Timed, eager_us, graph_us, implementation
+from benchmarks.case import Call, Case, eager_us, graph_us, implementation
 from benchmarks.report import Row, page, read_json, with_verdicts, write_json
 from kernels import dispatch
 
@@ -93,16 +93,23 @@ def _row(case: Case, name: str, us: float, library_us: float | None) -> Row:
 
 
 def compile_share(share: int, shares: int, only: Sequence[str]) -> None:
-    """Build and run once every ``shares``-th case: one of the processes that fill the caches."""
+    """Build and run once every ``shares``-th case: one of the processes that fill the caches.
+
+    A case that raises is left to the measurement, which names it.
+    """
     for index, case in enumerate(all_cases(only)):
-        if index % shares == share:
-            timed: Timed = case.make()
+        if index % shares != share:
+            continue
+        try:
+            timed = case.make()
             for calls in (timed.calls, timed.library, *timed.backends.values()):
                 if calls:
                     calls[0]()
             torch.cuda.synchronize()
             del timed
-            torch.cuda.empty_cache()
+        except Exception as err:
+            print(f"{case.op} {case.shape}: {err}", file=sys.stderr, flush=True)
+        torch.cuda.empty_cache()
 
 
 def compile_all(only: Sequence[str]) -> None:
