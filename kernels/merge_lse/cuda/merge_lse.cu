@@ -23,47 +23,50 @@ __global__ void __launch_bounds__(32 * kWarps)
   int64_t row = item / heads;
   int head = (int)(item % heads), lane = threadIdx.x % 32;
   const float* own = lse + row * lse_row + head;
+  const T* from = o + row * o_row + head * o_head;
+  T* to = out + item * dim;
   float first = lane < parts ? own[lane * lse_part] : kNegInf, top = first;
+  // Reads do not wait for the weights: a partial without keys is read, and not used.
+  Vector<T, kWidth> x[kBatch][kSpan];
+  auto load = [&](int start, int p) {
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+#pragma unroll
+      for (int k = 0; k < kSpan; ++k) {
+        int column = start + (32 * k + lane) * kWidth;
+        if (p + b < parts && column < dim) {
+          x[b][k] = *reinterpret_cast<const Vector<T, kWidth>*>(from + (p + b) * o_part + column);
+        }
+      }
+    }
+  };
+  load(0, 0);
   for (int p = 32 + lane; p < parts; p += 32) top = fmaxf(top, own[p * lse_part]);
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
   bool empty = top == kNegInf;
   first = first == kNegInf ? 0.0f : expf(first - top);
-  // 0 for a partial without keys: its values are not read.
-  auto weight_of = [&](int p) {
+  auto weight_of = [&](int p) {  // 0: no keys
     if (p < 32) return __shfl_sync(~0u, first, p);
-    float x = own[p * lse_part];
-    return x == kNegInf ? 0.0f : expf(x - top);
+    float value = own[p * lse_part];
+    return value == kNegInf ? 0.0f : expf(value - top);
   };
   float total = 0.0f;
   for (int p = 0; p < parts; ++p) total += weight_of(p);
   float extra = sink && !empty ? expf(sink[head] - top) : 0.0f;
   float factor = empty ? 0.0f : 1.0f / (total + extra);
-  const T* from = o + row * o_row + head * o_head;
-  T* to = out + item * dim;
   for (int start = 0; start < dim; start += 32 * kWidth * kSpan) {
     float sum[kSpan][kWidth] = {};
     for (int p = 0; p < parts; p += kBatch) {
-      Vector<T, kWidth> x[kBatch][kSpan];
-      float weight[kBatch];
+      if (start + p > 0) load(start, p);
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
-        weight[b] = p + b < parts ? weight_of(p + b) : 0.0f;
-#pragma unroll
-        for (int k = 0; k < kSpan; ++k) {
-          int column = start + (32 * k + lane) * kWidth;
-          x[b][k] = {};
-          if (weight[b] != 0.0f && column < dim) {
-            x[b][k] = *reinterpret_cast<const Vector<T, kWidth>*>(from + (p + b) * o_part + column);
-          }
-        }
-      }
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
+        float weight = p + b < parts ? weight_of(p + b) : 0.0f;
+        if (weight == 0.0f) continue;
 #pragma unroll
         for (int k = 0; k < kSpan; ++k) {
 #pragma unroll
-          for (int i = 0; i < kWidth; ++i) sum[k][i] = fmaf(weight[b], (float)x[b][k].v[i], sum[k][i]);
+          for (int i = 0; i < kWidth; ++i) sum[k][i] = fmaf(weight, (float)x[b][k].v[i], sum[k][i]);
         }
       }
     }

@@ -272,7 +272,9 @@ extern "C" int causeway_attend_decode(const void* q, int64_t q_row, int64_t q_he
                   heads < kHeadTile ? heads : kHeadTile,
                   chunks,
                   capacity,
-                  pool != nullptr && index == nullptr};
+                  0};
+  int64_t items = (int64_t)rows * a.tiles * chunks;
+  a.ragged = pool != nullptr && index == nullptr && items > processors;
   CUtensorMap query_map;
   int code = map_queries(query_map, q, q_row, q_head, rows, heads);
   if (code != 0) return code;
@@ -284,7 +286,6 @@ extern "C" int causeway_attend_decode(const void* q, int64_t q_row, int64_t q_he
   int bytes = sizeof(DecodeSmem);
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return (int)error;
-  int64_t items = (int64_t)rows * a.tiles * chunks;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3((unsigned)(items < processors ? items : processors));
   config.blockDim = dim3(kThreads);

@@ -26,7 +26,7 @@ struct DecodeArgs {
   int rows, heads, tiles, tile_heads;
   int chunks;    // of a row, at most
   int capacity;  // entries that a row's table has room for
-  int ragged;  // rows differ in their number of chunks: items are counted, not computed
+  int ragged;  // many chunks may not exist: items are counted, not computed
 };
 
 // One chunk of a (row, 64 heads). Items are numbered row by row, tile by tile, chunk by chunk.
