@@ -47,7 +47,8 @@ class ExpertParallel:
         self.mesh, self.ordered = mesh, combine == "ordered"
         self.num_experts, self.num_local = num_experts, num_experts // mesh.world.size
         self.first_expert = mesh.world.rank * self.num_local
-        self._numbers = torch.arange(0)
+        # Never given up: a captured decode step goes on reading the one it saw.
+        self._numbers = [torch.arange(0)]
 
     def forward(
         self,
@@ -192,7 +193,8 @@ class ExpertParallel:
 
     def _iota(self, like: Tensor) -> Tensor:
         """0, 1, 2, ... int64, one for each row of ``like``."""
-        count = like.shape[0]
-        if self._numbers.numel() < count or self._numbers.device != like.device:
-            self._numbers = torch.arange(count, device=like.device)
-        return self._numbers[:count]
+        count, newest = like.shape[0], self._numbers[-1]
+        if newest.numel() < count or newest.device != like.device:
+            room = 1 << max(count - 1, 1023).bit_length()
+            self._numbers.append(torch.arange(room, device=like.device))
+        return self._numbers[-1][:count]

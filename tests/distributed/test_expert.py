@@ -189,6 +189,19 @@ def test_one_rank_agrees_with_a_plain_loop() -> None:
     check_mesh(0, 1, 1)
 
 
+def test_row_numbers_outlive_larger_steps() -> None:
+    """A captured decode step keeps the address of the numbers it read; a long prefill needs more."""
+    parallel = ExpertParallel(ParallelMesh.single(), EXPERTS, "fast")
+    few = parallel._iota(torch.zeros(2))
+    address = few.data_ptr()
+    del few
+    many = parallel._iota(torch.zeros(5000))
+    assert torch.equal(many, torch.arange(5000))
+    held = [numbers.data_ptr() for numbers in parallel._numbers]
+    assert address in held
+    assert parallel._iota(torch.zeros(3)).data_ptr() == many.data_ptr()
+
+
 def test_bad_inputs_are_refused() -> None:
     mesh = ParallelMesh.single()
     with pytest.raises(ValueError, match="combine = 'quick'"):

@@ -116,6 +116,7 @@ __device__ __forceinline__ float max_warp(float x) {
 
 __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant__ Sample a) {
   __shared__ float tops[kBlocks], sums[kBlocks], scores[kBlocks], warp_top[kWarps], warp_sum[kWarps];
+  __shared__ float warp_score[kWarps];  // not warp_top: another thread may still be reading that
   __shared__ int columns[kBlocks], warp_column[kWarps];
   __shared__ uint64_t estimates_mail, scores_mail;
   if (threadIdx.x == 0) {
@@ -213,10 +214,10 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant_
   for (int step = 16; step; step >>= 1)
     exact = better(exact, {__shfl_xor_sync(kAll, exact.score, step),
                            __shfl_xor_sync(kAll, exact.column, step)});
-  if (lane == 0) warp_top[warp] = exact.score, warp_column[warp] = exact.column;
+  if (lane == 0) warp_score[warp] = exact.score, warp_column[warp] = exact.column;
   __syncthreads();
   if (threadIdx.x < kBlocks) {
-    for (int w = 0; w < kWarps; ++w) exact = better(exact, {warp_top[w], warp_column[w]});
+    for (int w = 0; w < kWarps; ++w) exact = better(exact, {warp_score[w], warp_column[w]});
     mail_send(&scores[rank], &scores_mail, lane, __float_as_uint(exact.score));
     mail_send(&columns[rank], &scores_mail, lane, (uint32_t)exact.column);
   }
