@@ -47,7 +47,6 @@ NO_CASE = {
     "prepare_experts": "load time",
     "round_entries": "inside kv_insert; alone only where pages are not fp8",
     "expert_ffn": "quant_rows and expert_ffn_quant, each with its cases",
-    "compressor_rows": "one product of stacked weights, which linear has",
     "merge_samples": "four numbers a row; part of whole decode steps (benchmarks/model_steps.py)",
     "compress": "compress_insert, without the store",
 }

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same exports, for type checkers and editors
     # isort: off
-    from kernels.compress.api import compress as compress, compressor_rows as compressor_rows
+    from kernels.compress.api import compress as compress
     from kernels.compress_decode.api import (
         CompressPart as CompressPart,
         compress_decode as compress_decode,
@@ -166,7 +166,6 @@ _EXPORTS: dict[str, str] = {
     "round_entries": "kernels.page_cache.api",
     "store_entries": "kernels.page_cache.api",
     "compress": "kernels.compress.api",
-    "compressor_rows": "kernels.compress.api",
     "compress_insert": "kernels.compress_insert.api",
     "CompressPart": "kernels.compress_decode.api",
     "compress_decode": "kernels.compress_decode.api",

@@ -84,7 +84,6 @@ _FOLDERS: dict[str, str] = {
     "store_entries": "page_cache",
     "load_entries": "page_cache",
     "round_entries": "page_cache",
-    "compressor_rows": "compress",
     "compress": "compress",
     "compress_insert": "compress_insert",
     "compress_decode": "compress_decode",
@@ -113,6 +112,10 @@ _FOLDERS: dict[str, str] = {
     "pack_rows": "row_exchange",
     "unpack_rows": "row_exchange",
 }
+
+
+# Ops of this folder run on weights at load time, in tests and inside other twins; no step calls them.
+_LOAD_TIME = "quant"
 
 
 def _hopper(folder: str, why: str) -> tuple[Implementation, ...]:
@@ -318,10 +321,11 @@ def describe(device: torch.device) -> list[tuple[str, str, str]]:
 
 
 def without_kernel(device: torch.device) -> list[str]:
-    """Ops that run their torch twin although ``device`` is a GPU: to be named at start."""
+    """Ops of served steps that run their torch twin although ``device`` is a GPU: named at start."""
     if device.type == "cpu":
         return []
-    return [op for op, choice in table(device).items() if choice.name == "reference"]
+    twins = [op for op, choice in table(device).items() if choice.name == "reference"]
+    return [op for op in twins if _FOLDERS[op] != _LOAD_TIME]
 
 
 def build(device: torch.device) -> None:

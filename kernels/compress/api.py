@@ -1,4 +1,4 @@
-"""The compressor: per-token rows, and entries pooled from them."""
+"""The compressor: entries pooled from the rows of tokens."""
 
 from __future__ import annotations
 
@@ -9,52 +9,11 @@ from kernels.contract import KernelContractError, check_tensor
 from kernels.dispatch import kernel
 from kernels.index_query.api import check_index_dim
 from kernels.kv_norm_rope.api import check_nope_blocks
-from kernels.linear.api import PreparedWeight
 from kernels.rope.api import check_rope_inputs
 
 _FLOATS = (torch.float32, torch.bfloat16)
 _DTYPES = (*_FLOATS, torch.float64)
 _OVERLAP = {4: 2, 128: 1}  # ratio -> groups an entry pools
-
-
-def compressor_rows(
-    x: Tensor, wkv: PreparedWeight, wgate: PreparedWeight, ape: Tensor, positions: Tensor
-) -> Tensor:
-    """``u = f32(x) wkv^T`` and ``g = f32(x) wgate^T + ape[position mod r]`` of each token.
-
-    Args:
-        x: float32 or bfloat16 [T, D].
-        wkv, wgate: [w, D] (bfloat16 or float32 weights, used in f32).
-        ape: float32 [r, w].
-        positions: int64 [T].
-
-    Returns:
-        float32 [T, 2 * w]: u, then g.
-
-    Raises:
-        KernelContractError: wrong shape, dtype or device.
-    """
-    check_tensor("compressor_rows: x", x, shape=(None, None), dtype=_FLOATS)
-    check_tensor(
-        "compressor_rows: ape", ape, shape=(None, None), dtype=torch.float32, device=x.device
-    )
-    check_tensor(
-        "compressor_rows: positions",
-        positions,
-        shape=(x.shape[0],),
-        dtype=torch.int64,
-        device=x.device,
-    )
-    want = (ape.shape[1], x.shape[1])
-    for name, weight in (("wkv", wkv), ("wgate", wgate)):
-        got = (weight.out_features, weight.in_features)
-        if got != want or weight.device.type != x.device.type:
-            raise KernelContractError(
-                f"compressor_rows: {name}: expected shape {list(want)} on {x.device}, got"
-                f" {list(got)} on {weight.device}"
-            )
-    result: Tensor = kernel("compressor_rows", x.device)(x, wkv, wgate, ape, positions)
-    return result
 
 
 def compress(
@@ -78,7 +37,7 @@ def compress(
     rotary ones (``index=False``) or Hadamard and FQ4(32) on all dims (``index=True``).
 
     Args:
-        rows: float32 [N, 2 * w] of ``compressor_rows``.
+        rows: float32 [N, 2 * w], u then ``g + ape[position mod ratio]`` of each token.
         row_index: int64 [E, 8] or [E, 128] into ``rows``; -1 = missing row (weight zero). An entry
             whose rows are all missing pools to zero.
         norm_weight: [d], float32 or bfloat16.

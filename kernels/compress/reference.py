@@ -1,4 +1,4 @@
-"""Torch twins of ``compressor_rows`` and ``compress``."""
+"""Torch twin of ``compress``."""
 
 from __future__ import annotations
 
@@ -8,25 +8,12 @@ from torch import Tensor
 from kernels.contract import KernelContractError
 from kernels.index_query.reference import hadamard
 from kernels.kv_norm_rope.reference import round_nope
-from kernels.linear.api import PreparedWeight
-from kernels.linear.reference import linear
-from kernels.numerics import widen
 from kernels.quant.reference import fake_quant_fp4
 from kernels.rms_norm.reference import rms_norm
 from kernels.rope.reference import apply_rope
 
 _NEG_INF = float("-inf")
 _CHUNK = 1 << 22  # gathered gate values at once, so temporaries stay near 50 MB
-
-
-def compressor_rows(
-    x: Tensor, wkv: PreparedWeight, wgate: PreparedWeight, ape: Tensor, positions: Tensor
-) -> Tensor:
-    """See ``kernels.compress.api.compressor_rows``."""
-    x = widen(x)
-    u = linear(x, wkv, quantize=False)
-    g = linear(x, wgate, quantize=False)
-    return torch.cat((u, g + ape.to(x.dtype)[positions % ape.shape[0]]), dim=-1)
 
 
 def compress(

@@ -35,7 +35,7 @@ def compress_insert(
     """``store_entries(pool, layout, slots, compress(..))`` without the rows in between.
 
     Args:
-        rows: float32 [N, 2 * w] of ``compressor_rows``.
+        rows: float32 [N, 2 * w], as ``compress`` takes them.
         row_index: int64 [E, 8] (ratio 4) or [E, 128]; -1 = missing row. See ``compress``.
         norm_weight: [d], float32 or bfloat16.
         positions: int64 [E].

@@ -6,13 +6,8 @@ import pytest
 import torch
 
 from kernels import (
-    BlockWeight,
     KernelContractError,
-    PreparedWeight,
     compress,
-    compressor_rows,
-    prepare_weight,
-    wide_dtype,
 )
 from tests.kernels.oracle64 import (
     DTYPES,
@@ -195,26 +190,6 @@ def test_strided_rows_and_many_entries() -> None:
     assert run_plain(rows, index[:0], positions[:0], 128).shape == (0, 128)
 
 
-def weights(width: int, columns: int) -> tuple[PreparedWeight, PreparedWeight]:
-    made = [prepare_weight(BlockWeight(torch.randn(width, columns).bfloat16())) for _ in range(2)]
-    return made[0], made[1]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("ratio", [4, 128])
-def test_rows_against_fp64(dtype: torch.dtype, ratio: int) -> None:
-    width, x = 6, torch.randn(5, 32).to(dtype)
-    wkv, wgate = weights(width, 32)
-    ape, positions = torch.randn(ratio, width), torch.tensor([0, 3, 4, 127, 130])
-    got = compressor_rows(column_slice(x), wkv, wgate, ape, positions)
-    assert got.dtype is wide_dtype(dtype)
-    for t, position in enumerate(positions.tolist()):
-        u = wkv.matrix.double() @ x[t].double()
-        g = wgate.matrix.double() @ x[t].double() + ape[position % ratio].double()
-        assert_close(got[t], torch.cat((u, g)), wide_dtype(dtype))
-    assert compressor_rows(x[:0], wkv, wgate, ape, positions[:0]).shape == (0, 12)
-
-
 def test_contract() -> None:
     rows, index, positions = case(4, 128)
     with pytest.raises(KernelContractError, match="ratio 8"):
@@ -227,11 +202,6 @@ def test_contract() -> None:
         run_plain(rows.bfloat16(), index, positions, 4)
     with pytest.raises(KernelContractError, match="positions"):
         run_plain(rows, index, positions[:2], 4)
-    wkv, wgate = weights(6, 32)
-    with pytest.raises(KernelContractError, match="wkv"):
-        compressor_rows(torch.zeros(1, 16), wkv, wgate, torch.zeros(4, 6), torch.arange(1))
-    with pytest.raises(KernelContractError, match="ape"):
-        compressor_rows(torch.zeros(1, 32), wkv, wgate, torch.zeros(6), torch.arange(1))
 
 
 @pytest.mark.benchmark

@@ -8,10 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-import kernels
-from kernels import BlockWeight, CacheDtype, EntryKind
+from kernels import CacheDtype, EntryKind
 from tests.kernels.op_cases.base import (
-    BF16,
     EPS,
     Case,
     Inputs,
@@ -96,28 +94,6 @@ def round_entries(kind: EntryKind, dtype: CacheDtype, dim: int, rope: int) -> Ma
     return make
 
 
-def compressor_rows(hidden: int, width: int, ratio: int) -> Make:
-    def make(count: int, device: torch.device, dtype: torch.dtype) -> Inputs:
-        wkv, wgate = (
-            kernels.prepare_weight(
-                BlockWeight((torch.randn(width, hidden, device=device) * 0.02).to(BF16))
-            )
-            for _ in range(2)
-        )
-        ape = torch.randn(ratio, width, device=device)
-        rows = {
-            "x": normal(device, count, hidden, dtype=dtype),
-            "positions": positions(device, count),
-        }
-
-        def call(op: Op, rows: Rows) -> tuple[Tensor, ...]:
-            return (op(rows["x"], wkv, wgate, ape, rows["positions"]),)
-
-        return Inputs(rows=rows, call=call)
-
-    return make
-
-
 def compress(ratio: int, dim: int, rope: int, *, index: bool, store: bool) -> Make:
     """Entries gather random rows; the rows that no entry may touch are NaN."""
 
@@ -195,15 +171,6 @@ def cases() -> Iterator[Case]:
         if kind is LATENT:
             make = insert(kind, dtype, dim, rope, "kv_insert")
             yield insertion(op="kv_insert", name=name, make=make, cpu=small)
-    for name, hidden, width, ratio in (
-        ("flash csa", 4096, 1024, 4),
-        ("pro hca", 7168, 512, 128),
-        ("odd", 100, 24, 4),
-    ):
-        make = compressor_rows(hidden, width, ratio)
-        yield Case(
-            op="compressor_rows", name=name, make=make, bound=1e-5, cpu=width == 24, gpu=False
-        )
     pooled = "tests/kernels/test_compress_gpu.py"
     for name, ratio, dim, rope, index in (
         ("csa", 4, 512, 64, False),

@@ -11,7 +11,6 @@ CASES: tuple[Case, ...] = tuple(
 
 # Op -> why no test on a GPU asks whether the batch changes its rows.
 EXEMPT: dict[str, str] = {
-    "compressor_rows": "only the twin is left: the model takes this product as one stacked linear",
     "dequant_fp4": "runs at load time on weights, value by value; there is no batch",
     "dequant_fp8": "runs at load time on weights, value by value; there is no batch",
     "quant_fp8_weight": "makes weights for tests and conversions; there is no batch",
