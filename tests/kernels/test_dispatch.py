@@ -219,9 +219,10 @@ def test_the_extra_installs_the_versions_that_are_used(repo_root: Path) -> None:
 def test_ops_without_a_kernel_are_named_on_a_gpu_only(on_hopper: Install) -> None:
     assert dispatch.without_kernel(CPU) == []
     gaps = dispatch.without_kernel(GPU)
-    assert gaps == [op for op, choice, _ in dispatch.describe(GPU) if choice == "reference"]
-    assert "act_quant" in gaps
-    assert "linear_quant" not in gaps
+    twins = [op for op, choice, _ in dispatch.describe(GPU) if choice == "reference"]
+    assert "act_quant" in twins  # of weights, at load time: no step runs it
+    assert gaps == ["merge_samples"]  # a few numbers a row; any other op would be news
+    assert set(gaps) < set(twins)
 
 
 def test_the_own_kernel_and_the_twin_have_names() -> None:
