@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from kernels import QuantRows, moe_permute, moe_permute_quant, moe_unpermute, widen
+from model.parallel.host_read import to_host
 from model.parallel.mesh import ParallelMesh
-from model.parallel.row_bytes import rows_from_wire, rows_to_wire, slice_rows
+from model.parallel.row_bytes import pack_routed, slice_rows, unpack_routed
 
 Rows = Tensor | QuantRows
 RunExperts = Callable[[Rows, Tensor, Tensor], Tensor]
@@ -111,7 +112,8 @@ class ExpertParallel:
         parts = ids.shape[1] if self.ordered else 1
         columns = place.view(-1, 1) if self.ordered else place
         partial = world.all_reduce(moe_unpermute(results, columns, None, results.dtype))
-        return moe_unpermute(partial, self._iota(partial).view(total, parts), extra, dtype)
+        numbers = self._iota(partial.shape[0], partial)
+        return moe_unpermute(partial, numbers.view(total, parts), extra, dtype)
 
     def _sharded(
         self,
@@ -126,28 +128,29 @@ class ExpertParallel:
         tp, world, total = self.mesh.tp, self.mesh.world, ids.shape[0]
         edges = [total * r // tp.size for r in range(tp.size + 1)]
         start, stop = edges[tp.rank], edges[tp.rank + 1]
-        ids, weights = ids[start:stop], weights[start:stop]
-        wire = rows_to_wire(slice_rows(rows, start, stop))
+        ids, weights = ids[start:stop], widen(weights[start:stop])
 
         dest = ids // self.num_local  # [t, K]
-        hit = dest.new_zeros(ids.shape[0], world.size, dtype=torch.bool).scatter_(1, dest, True)
-        to_rank, token = hit.T.nonzero(as_tuple=True)  # by destination, then token
-        asked = torch.stack([hit.sum(0), torch.bincount(dest.flatten(), minlength=world.size)], 1)
+        routed = dest[..., None] == self._iota(world.size, ids)  # [t, K, ranks]
+        hit = routed.any(1)
+        asked = torch.stack([hit.sum(0), routed.sum((0, 1))], 1)
         offered = world.all_to_all_v(asked, [1] * world.size, [1] * world.size)
-        (send, send_slots), (recv, recv_slots) = asked.T.tolist(), offered.T.tolist()
-
-        wire = world.all_to_all_v(wire[token], send, recv)
-        # One message: the weights' bits beside ids of the same width.
-        weights = widen(weights)
-        bits = torch.int64 if weights.dtype is torch.float64 else torch.int32
-        routes = torch.cat([ids.to(bits), weights.view(bits)], 1)
-        routes = world.all_to_all_v(routes[token], send, recv)
-        row_ids, row_weights = routes.chunk(2, 1)
-        row_weights = row_weights.contiguous().view(weights.dtype)
-        received = rows_from_wire(wire, like=rows)
-        results, place = self._run_local(
-            received, row_ids.long(), row_weights, run, sum(recv_slots)
+        read_back = to_host(torch.stack([asked, offered]))
+        # Work that needs no counts, so that the device has some while the host waits for them.
+        wire = pack_routed(slice_rows(rows, start, stop), ids, weights)
+        extra = None if shared is None else shared(start, stop)
+        (send, send_slots), (recv, recv_slots) = (
+            [*zip(*part, strict=True)] for part in read_back()
         )
+
+        # By destination, then token. The size is known: a sort reads nothing back, nonzero would.
+        missing = hit.T.logical_not().flatten().to(torch.int8)
+        pairs = missing.argsort(stable=True)[: sum(send)]
+        rows_here = max(ids.shape[0], 1)
+        to_rank, token = pairs // rows_here, pairs % rows_here
+        wire = world.all_to_all_v(wire[token], send, recv)
+        received, row_ids, row_weights = unpack_routed(wire, like=rows, weights_like=weights)
+        results, place = self._run_local(received, row_ids, row_weights, run, sum(recv_slots))
 
         if self.ordered:
             answers = results[place[place >= 0]]  # by row, then expert
@@ -155,14 +158,13 @@ class ExpertParallel:
             # They come back by destination, then token, then expert.
             order = dest.flatten().argsort(stable=True)
             back = torch.empty_like(order)
-            back[order] = self._iota(order)
+            back[order] = self._iota(order.numel(), order)
             back = back.view_as(dest)
         else:
             partial = moe_unpermute(results, place, None, results.dtype)
             answers = world.all_to_all_v(partial, recv, send)
             back = dest.new_full((ids.shape[0], world.size), -1)
-            back[token, to_rank] = self._iota(token)
-        extra = None if shared is None else shared(start, stop)
+            back[token, to_rank] = self._iota(token.numel(), token)
         out = moe_unpermute(answers, back, extra, dtype)
         return tp.all_gather_v(out, [b - a for a, b in pairwise(edges)])
 
@@ -191,9 +193,9 @@ class ExpertParallel:
             moved, row_weight = slice_rows(moved, 0, count), row_weight[:count]
         return run(moved, offsets, row_weight), place
 
-    def _iota(self, like: Tensor) -> Tensor:
-        """0, 1, 2, ... int64, one for each row of ``like``."""
-        count, newest = like.shape[0], self._numbers[-1]
+    def _iota(self, count: int, like: Tensor) -> Tensor:
+        """0, 1, 2, ... int64 [count] on the device of ``like``."""
+        newest = self._numbers[-1]
         if newest.numel() < count or newest.device != like.device:
             room = 1 << max(count - 1, 1023).bit_length()
             self._numbers.append(torch.arange(room, device=like.device))

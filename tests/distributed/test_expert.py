@@ -12,6 +12,7 @@ from model.parallel.mesh import ParallelMesh, build_mesh
 from tests.helpers.ranks import run_ranks
 
 EXPERTS, TOPK, DIM = 8, 3, 16
+ROUTE_BYTES = 2 * 16  # 3 weights and 3 ids, each padded to 16 bytes
 MESHES = {1: [(1, 1)], 2: [(2, 1), (1, 2)], 4: [(2, 2), (4, 1), (1, 4)]}
 
 # Tokens of each cp rank: even, uneven, empty ranks, fewer than the tp ranks that share them.
@@ -147,7 +148,7 @@ def check_traffic(rank: int, size: int) -> None:
             dtype=torch.float32,
         )
         row_bytes = DIM * 2
-        dispatch = (size - 1) * 16 + visits * (row_bytes + TOPK * 8)
+        dispatch = (size - 1) * 16 + visits * (row_bytes + ROUTE_BYTES)
         answers = mesh.world.stats.received - sum_dispatched(mesh, ids)
         assert mesh.world.stats.sent - dispatch == sent_answers(mesh, combine, ids) * row_bytes
         assert answers == returned * row_bytes
@@ -163,7 +164,7 @@ def sum_dispatched(mesh: ParallelMesh, ids: Tensor) -> int:
     size, me = mesh.world.size, mesh.world.rank
     others = other_ranks(mesh, ids)
     visits = sum(any(int(e) * size // EXPERTS == me for e in row) for p in others for row in p)
-    return (size - 1) * 16 + visits * (DIM * 2 + TOPK * 8)
+    return (size - 1) * 16 + visits * (DIM * 2 + ROUTE_BYTES)
 
 
 def sent_answers(mesh: ParallelMesh, combine: str, ids: Tensor) -> int:
@@ -192,14 +193,15 @@ def test_one_rank_agrees_with_a_plain_loop() -> None:
 def test_row_numbers_outlive_larger_steps() -> None:
     """A captured decode step keeps the address of the numbers it read; a long prefill needs more."""
     parallel = ExpertParallel(ParallelMesh.single(), EXPERTS, "fast")
-    few = parallel._iota(torch.zeros(2))
+    here = torch.zeros(0)
+    few = parallel._iota(2, here)
     address = few.data_ptr()
     del few
-    many = parallel._iota(torch.zeros(5000))
+    many = parallel._iota(5000, here)
     assert torch.equal(many, torch.arange(5000))
     held = [numbers.data_ptr() for numbers in parallel._numbers]
     assert address in held
-    assert parallel._iota(torch.zeros(3)).data_ptr() == many.data_ptr()
+    assert parallel._iota(3, here).data_ptr() == many.data_ptr()
 
 
 def test_bad_inputs_are_refused() -> None:
