@@ -146,6 +146,10 @@ __device__ __forceinline__ void column_tiles(const Arguments& args, const Maps& 
       mbar_arrive(empty + stage * 8);
     }
   }
+  // The block's shared memory is given up when it ends: no store may still read it.
+  if constexpr (kMode == Mode::kPostPre) {
+    if (lane == 0) stores_have_read<0>();
+  }
 }
 
 // A serving warp: finishes this block's token of every third tile.
