@@ -18,6 +18,7 @@ class ModelSource:
     numerics: Literal["fp32", "fp32_rounded", "release"] = "release"
     max_model_len: int = 0  # tokens; 0 = what the model config allows
     seed: int = 0  # of load_format random
+    keep_fp4: bool = False  # on a GPU: FP4 experts stay packed, instead of becoming FP8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

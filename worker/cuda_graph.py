@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kernels import Numerics
+from kernels import CacheDtype, Numerics
 from model.deepseek_v4.config import CSA_RATIO
-from worker.decode_builder import PaddedShape
+from worker.decode_builder import TABLE_COLUMNS, PaddedShape
 
 if TYPE_CHECKING:
     from model.deepseek_v4.config import DeepSeekV4Config
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 Forward = Callable[["DecodeBatch"], tuple[Tensor, Tensor]]
 
 _WARM_UPS = 2  # runs before a capture: the first builds what is built at first use
-_FEW_BLOCKS = 16  # block tables are padded to at least this many columns
 # Shapes that the GPU kernels of attention and indexer take; others run twins that ask the host.
 _HEAD_DIM, _ROPE_DIM, _INDEX_HEADS, _INDEX_DIM = 512, 64, 64, 128
 
@@ -60,7 +59,7 @@ class DecodeGraphs:
         """The sizes that a step of this many requests and block table columns is padded to."""
         n = num_requests
         requests = 1 << (n - 1).bit_length() if n <= 8 else -(-n // 8) * 8
-        blocks = max(_FEW_BLOCKS, 1 << (num_blocks - 1).bit_length())
+        blocks = max(TABLE_COLUMNS, 1 << (num_blocks - 1).bit_length())
         return PaddedShape(requests, blocks)
 
     def run(self, batch: DecodeBatch) -> tuple[Tensor, Tensor]:
@@ -71,6 +70,13 @@ class DecodeGraphs:
         captured = self._captured[key]
         captured.graph.replay()
         return captured.streams, captured.logits
+
+    def close(self) -> None:
+        """Destroy the graphs: NCCL gives up no communicator that one of them still names."""
+        if self._captured:
+            torch.cuda.synchronize()
+        self._captured.clear()
+        self._pool = None
 
     def _capture(self, batch: DecodeBatch) -> _Captured:
         # Running a step twice is harmless: caches are addressed by position.
@@ -90,19 +96,34 @@ class DecodeGraphs:
 
 
 def graph_obstacle(
-    config: DeepSeekV4Config, numerics: Numerics, parallel: ParallelConfig, device: torch.device
+    config: DeepSeekV4Config,
+    numerics: Numerics,
+    parallel: ParallelConfig,
+    device: torch.device,
+    *,
+    pages: CacheDtype,
+    walks_experts: bool,
 ) -> str:
-    """Why this model's decode steps cannot be captured on this device; empty when they can."""
+    """Why this model's decode steps cannot be captured on this device; empty when they can.
+
+    Args:
+        pages: dtype of the cache pages.
+        walks_experts: some layer's experts run one after the other, by bounds that the host reads.
+    """
     if device.type != "cuda":
         return f"the device is {device.type}"
     if numerics is not Numerics.RELEASE:
         return f"numerics {numerics.value} run the torch references"
     if parallel.dcp and parallel.world > 1:
         return "parallel.dcp merges scores whose width the host reads"
+    if walks_experts:
+        return "the experts of a layer have no stacked form, and the host reads their bounds"
     ratios = [config.layer_ratio(layer) for layer in range(config.num_hidden_layers)]
     dims = [("head_dim", config.head_dim, _HEAD_DIM)]
     dims.append(("qk_rope_head_dim", config.qk_rope_head_dim, _ROPE_DIM))
     if CSA_RATIO in ratios:
+        if pages is not CacheDtype.FP8:
+            return f"kv_cache.dtype is {pages.value}, the indexer's GPU kernels take fp8 pages"
         dims.append(("index_n_heads", config.index_n_heads, _INDEX_HEADS))
         dims.append(("index_head_dim", config.index_head_dim, _INDEX_DIM))
     for name, value, wanted in dims:

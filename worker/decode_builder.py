@@ -16,6 +16,8 @@ from worker.kv_cache import KVCachePool
 from worker.metadata_buffers import MetadataBuffers, aligned_bytes
 from worker.slots import SlotTable
 
+TABLE_COLUMNS = 16  # that block tables of padded steps have at least
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeRows:
@@ -56,7 +58,8 @@ class DecodeBuilder:
         rows = lines * (spec.max_drafts + 1)
         per_row = 4 + spec.config.sliding_window + 4 * len(self.ratios)
         room = per_row * aligned_bytes(8 * rows)
-        room += 2 * aligned_bytes(8 * lines * slots.block_table.shape[1])
+        columns = max(slots.block_table.shape[1], TABLE_COLUMNS)
+        room += 2 * aligned_bytes(8 * lines * columns)  # int32, padded to at most twice the columns
         self.buffers = MetadataBuffers(room, device)
 
     def build(

@@ -151,6 +151,11 @@ class ModelRunner:
             self.drafter.draft(drafts)
         return outputs if self._speaks else []
 
+    def close(self) -> None:
+        """Give up the captured graphs; nothing may run afterwards."""
+        if self.graphs is not None:
+            self.graphs.close()
+
     def _decode_rows(
         self, rows: Sequence[DecodeRows]
     ) -> tuple[list[tuple[int, int]], Tensor, VocabLogits]:

@@ -12,7 +12,7 @@ from kernels.platform import PlatformError, capability, resolve_device
 from model.cache_spec import CacheSpec
 from model.checkpoint.source import load_config, open_source
 from model.deepseek_v4.config import DeepSeekV4Config
-from model.deepseek_v4.weights import check_mesh, plan_bytes, weight_plan
+from model.deepseek_v4.weights import check_mesh, held_bytes, plan_bytes, weight_plan
 from model.parallel.config import MeshCoord
 from worker.cache_size import CacheSize, size_cache
 from worker.config import WorkerConfig
@@ -114,13 +114,14 @@ def memory_report(
         parallel=config.parallel,
     )
     parallel = config.parallel
-    weights = [
-        plan_bytes(
-            weight_plan(
-                model, MeshCoord(cp=parallel.cp, tp=parallel.tp, rank=rank), load_mtp=with_mtp
-            )
-        )
+    plans = (
+        weight_plan(model, MeshCoord(cp=parallel.cp, tp=parallel.tp, rank=rank), load_mtp=with_mtp)
         for rank in range(parallel.world)
+    )
+    # A budget is that of a GPU, whose kernels read other forms than the checkpoint's.
+    weights = [
+        plan_bytes(plan) if budget is None else held_bytes(plan, keep_fp4=config.model.keep_fp4)
+        for plan in plans
     ]
     room = config.kv_cache.cpu_bytes if budget is None else budget - max(weights)
     itemsize = numerics.dtype.itemsize

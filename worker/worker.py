@@ -94,6 +94,7 @@ class Worker:
             weights,
             self._need_mesh(),
             with_mtp=with_mtp,
+            keep_fp4=source_config.keep_fp4,
         )
 
     def init_cache(self) -> CacheInfo:
@@ -154,19 +155,31 @@ class Worker:
 
     def graph_obstacle(self) -> str:
         """Why decode steps run without CUDA graphs here; empty when nothing is in the way."""
-        config = self._need_model().config
-        return graph_obstacle(config, self.numerics, self.config.parallel, self.device)
+        model = self._need_model()
+        return graph_obstacle(
+            model.config,
+            self.numerics,
+            self.config.parallel,
+            self.device,
+            pages=cache_dtype(self.config.kv_cache.dtype, self.numerics),
+            walks_experts=any(block.ffn.walks_experts for block in model.blocks),
+        )
 
     def warm_up(self) -> None:
         """Compile the ops' kernels, rehearse steps on a GPU, then wait until every rank is here.
 
-        Rank 0 names the ops that have no kernel for this GPU: their torch twins run, slowly.
+        Rank 0 names the ops that have no kernel for this GPU (their torch twins run, slowly), and what
+        keeps decode steps out of CUDA graphs.
         """
         build(self.device)
-        gaps = without_kernel(self.device) if self.coord.rank == 0 else []
+        speaks = self.coord.rank == 0
+        gaps = without_kernel(self.device) if speaks else []
         if gaps:
             _LOG.warning("no GPU implementation, the torch twin runs: %s", ", ".join(gaps))
         if self.device.type == "cuda":
+            obstacle = self.graph_obstacle()
+            if speaks and self.config.cuda_graphs and obstacle:
+                _LOG.warning("decode steps run without CUDA graphs: %s", obstacle)
             self._rehearse()
         self._need_mesh().world.barrier()
 
@@ -216,6 +229,8 @@ class Worker:
 
     def close(self) -> None:
         """Leave the process groups and drop the tensors."""
+        if self._runner is not None:
+            self._runner.close()  # before the process groups: see there
         self._runner = self._pool = self._model = None
         leave_world()
 

@@ -91,10 +91,12 @@ def _plain(x: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
     left, right = _parts(x), _parts(w)
     if len(left) == len(right) == 1:
         return product.product(x, w, dtype)
-    # All pairs of parts are exact products; one launch reads each operand once.
-    pairs = product.product(
-        torch.cat(left), torch.cat(right), torch.float32, early=len(right) == 1
-    ).view(len(left), x.shape[0], len(right), w.shape[0])
+    # All pairs of parts are exact products; one launch reads each operand once. A weight of one part is
+    # not copied: ``early`` rests on it being older than the kernel ahead.
+    rows, weight = torch.cat(left), right[0] if len(right) == 1 else torch.cat(right)
+    pairs = product.product(rows, weight, torch.float32, early=weight is w).view(
+        len(left), x.shape[0], len(right), w.shape[0]
+    )
     order = sorted(
         ((i, j) for i in range(len(left)) for j in range(len(right))), key=lambda ij: -sum(ij)
     )

@@ -37,6 +37,7 @@ class Block:
         hashed: bool,
         mesh: ParallelMesh,
         experts: ExpertParallel,
+        keep_fp4: bool,
     ) -> None:
         projector = Projector(numerics)
         self.hc_attn, self.hc_ffn = (
@@ -46,7 +47,9 @@ class Block:
             for part in ("attn", "ffn")
         )
         self.attn = Attention(config, parallel, numerics, weights, prefix, ratio, mesh)
-        self.ffn = MoE(config, numerics, weights, prefix, hashed=hashed, experts=experts)
+        self.ffn = MoE(
+            config, numerics, weights, prefix, hashed=hashed, experts=experts, keep_fp4=keep_fp4
+        )
 
     def prefill(self, residual: Residual, batch: PrefillBatch, cache: LayerCache) -> Residual:
         """The local rows of a prefill step, through the block."""

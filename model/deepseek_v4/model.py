@@ -36,6 +36,7 @@ class DeepSeekV4:
         weights: this rank's slices; every tensor must be taken exactly once.
         mesh: live groups.
         with_mtp: build the MTP block.
+        keep_fp4: leave FP4 experts packed on a GPU.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class DeepSeekV4:
         mesh: ParallelMesh,
         *,
         with_mtp: bool,
+        keep_fp4: bool = False,
     ) -> None:
         self.config, self.mesh, self.numerics = config, mesh, numerics
         experts = ExpertParallel(mesh, config.n_routed_experts, parallel.moe_combine)
@@ -62,6 +64,7 @@ class DeepSeekV4:
                 hashed=config.is_hash_layer(layer),
                 mesh=mesh,
                 experts=experts,
+                keep_fp4=keep_fp4,
             )
             for layer in range(config.num_hidden_layers)
         ]
@@ -69,7 +72,9 @@ class DeepSeekV4:
         self.norm = weights.tensor("norm.weight")
         self.head = prepare_weight(weights.block("head.weight"))
         self.mtp = (
-            MTPBlock(config, parallel, numerics, weights, mesh, experts) if with_mtp else None
+            MTPBlock(config, parallel, numerics, weights, mesh, experts, keep_fp4=keep_fp4)
+            if with_mtp
+            else None
         )
         weights.finish()
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from kernels import (
+    PreparedExperts,
     QuantRows,
     expert_ffn,
     expert_ffn_quant,
@@ -32,6 +33,7 @@ class MoE:
         prefix: checkpoint prefix, e.g. ``layers.3``.
         hashed: route by token id (``tid2eid``) instead of scores.
         experts: the expert-parallel group; owns ``first .. first + count`` of the experts.
+        keep_fp4: leave FP4 experts packed on a GPU.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class MoE:
         *,
         hashed: bool,
         experts: ExpertParallel,
+        keep_fp4: bool,
     ) -> None:
         self.topk, self.route_scale = config.num_experts_per_tok, config.routed_scaling_factor
         self.limit, self.projector = config.swiglu_limit, Projector(numerics)
@@ -56,7 +59,7 @@ class MoE:
             owned = range(experts.first_expert, experts.first_expert + experts.num_local)
             return [weights.block(f"{ffn}.experts.{e}.{name}.weight") for e in owned]
 
-        self.experts = prepare_experts(expert("w1"), expert("w3"), expert("w2"))
+        self.experts = prepare_experts(expert("w1"), expert("w3"), expert("w2"), keep_fp4=keep_fp4)
         shared = f"{ffn}.shared_experts"
         self.w1_w3 = stack_weights(
             [weights.block(f"{shared}.{name}.weight") for name in ("w1", "w3")]
@@ -65,6 +68,11 @@ class MoE:
         # Routed rows travel and are grouped in FP8 where the experts read FP8.
         reads_fp8 = all(w[0].kind.rounds_activations for w in (self.experts.w1, self.experts.w3))
         self.fp8_rows = self.projector.fused and reads_fp8
+
+    @property
+    def walks_experts(self) -> bool:
+        """Whether the experts have no stacked form: one after the other, by bounds on the host."""
+        return type(self.experts) is PreparedExperts
 
     def forward(self, x: Activations, input_ids: Tensor, *, replicated: bool) -> Tensor:
         """x: ffn-normed rows [T, D]; ids [T] -> [T, D].

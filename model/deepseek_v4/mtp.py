@@ -34,6 +34,8 @@ class MTPBlock:
         weights: WeightDict,
         mesh: ParallelMesh,
         experts: ExpertParallel,
+        *,
+        keep_fp4: bool,
     ) -> None:
         prefix = "mtp.0"
         self.eps, self.quantize = config.rms_norm_eps, numerics.quantize
@@ -53,6 +55,7 @@ class MTPBlock:
             hashed=False,
             mesh=mesh,
             experts=experts,
+            keep_fp4=keep_fp4,
         )
 
     def inputs(self, streams: Tensor, next_embedding: Tensor) -> Tensor:
