@@ -88,6 +88,17 @@ def _row_bytes(
     return total
 
 
+def routed_row_bytes(config: DeepSeekV4Config, itemsize: int) -> int:
+    """Bytes of a row on the way to its experts (``model.parallel.row_bytes.pack_routed``).
+
+    In release (itemsize 2) FP8 codes and a scale for every 128 of them, then weights and ids.
+    """
+    hidden, choices = config.hidden_size, config.num_experts_per_tok
+    values = (hidden, -(-hidden // 128)) if itemsize == 2 else (hidden * itemsize,)
+    parts = (*values, choices * max(itemsize, 4), choices * 4)
+    return sum(-(-part // 16) * 16 for part in parts)
+
+
 def expert_traffic(
     config: DeepSeekV4Config,
     parallel: ParallelConfig,
@@ -100,12 +111,16 @@ def expert_traffic(
 
     A row goes once to each other rank that owns one of its experts (with ``moe_combine: ordered``
     one row per expert comes back).
+
+    Args:
+        itemsize: bytes of one activation value (2 in release, 4 in fp32).
     """
     world, chosen = parallel.world, config.num_experts_per_tok
     reached = 1 - (1 - 1 / world) ** chosen  # that a given rank owns one of the row's experts
     back = chosen / world if parallel.moe_combine == "ordered" else reached
     layers = config.num_hidden_layers
-    row = tokens * layers * config.hidden_size * itemsize * (reached + back)
+    sent = reached * routed_row_bytes(config, itemsize)
+    row = tokens * layers * (sent + back * config.hidden_size * itemsize)
     per_node = world // nodes
     return Traffic(
         name=f"experts, combine {parallel.moe_combine} (even routing)",

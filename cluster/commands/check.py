@@ -128,7 +128,7 @@ def print_memory(console: Console, report: MemoryReport) -> None:
         )
         for ranks, rank in groups
     ]
-    title = "memory per rank (weights in checkpoint format)"
+    title = "memory per rank (weights as they are held: on a GPU, as its kernels read them)"
     columns = ("ranks", "weights", "slots", "tails", "KV pools", "total")
     console.print(table(title, columns, rows))
     size, spec = report.size, report.spec

@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from cluster.mesh_view import cut_picture, decode_slices, rank_views, span
-from cluster.traffic import expert_traffic, prefill_gather
+from cluster.traffic import expert_traffic, prefill_gather, routed_row_bytes
+from kernels import quant_rows
 from kernels.page_layout import CacheDtype
 from model.cache_spec import CacheSpec
 from model.deepseek_v4.shapes import named_shape
 from model.parallel.config import ParallelConfig
 from model.parallel.partition import Chunk
+from model.parallel.row_bytes import pack_routed
 
 FLASH = named_shape("flash")
 
@@ -77,10 +80,11 @@ def test_ordered_combine_returns_a_row_per_expert() -> None:
     ordered = expert_traffic(
         FLASH, replace(parallel, moe_combine="ordered"), tokens=100, itemsize=2, nodes=1
     )
-    row = 100 * 43 * 4096 * 2 * 7
+    rows, back = 100 * 43 * 7, 4096 * 2
     reached = 1 - (7 / 8) ** 6
-    assert fast.inside == pytest.approx(2 * row * reached)
-    assert ordered.inside == pytest.approx(row * (reached + 6 / 8))
+    sent = 4096 + 32 + 32 + 32  # codes, scales, and 6 weights and 6 ids, each padded to 16 bytes
+    assert fast.inside == pytest.approx(rows * reached * (sent + back))
+    assert ordered.inside == pytest.approx(rows * (reached * sent + 6 / 8 * back))
 
 
 def test_who_holds_what() -> None:
@@ -107,3 +111,16 @@ def test_spans_and_pictures() -> None:
     picture = cut_picture([Chunk(0, 100)], ParallelConfig(cp=2, cp_min_tokens=1024))
     assert "cp 0: 0..99" in picture
     assert "cp 1: nothing" in picture
+
+
+@pytest.mark.parametrize("shape", ["flash", "pro"])
+def test_a_routed_row_is_as_long_as_what_is_sent(shape: str) -> None:
+    config = named_shape(shape)
+    x = torch.randn(3, config.hidden_size)
+    ids = torch.zeros(3, config.num_experts_per_tok, dtype=torch.int64)
+    for rows, weights, itemsize in (
+        (quant_rows(x.bfloat16()), torch.rand(ids.shape), 2),
+        (x, torch.rand(ids.shape), 4),
+        (x.double(), torch.rand(ids.shape, dtype=torch.float64), 8),
+    ):
+        assert pack_routed(rows, ids, weights).shape[1] == routed_row_bytes(config, itemsize)
