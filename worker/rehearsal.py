@@ -28,6 +28,7 @@ def rehearse(
     num_blocks: int,
     block_size: int,
     max_model_len: int,
+    max_batched_tokens: int,
     num_drafts: int,
     batches: Iterable[int],
 ) -> None:
@@ -36,6 +37,7 @@ def rehearse(
     Args:
         execute: the worker's step; every rank calls this with the same arguments.
         num_slots, num_blocks, block_size, max_model_len: limits of the caches.
+        max_batched_tokens: the largest prefill step: what it allocates must fit now, not later.
         num_drafts: tokens a decode step verifies beside the last one.
         batches: requests of the decode steps; more than there are slots are left out.
     """
@@ -67,8 +69,9 @@ def rehearse(
             )
         )
 
-    for tokens in _PROMPTS:
-        if tokens <= room:
+    longest = min(max_batched_tokens, room)
+    for tokens in sorted({*(n for n in _PROMPTS if n < longest), longest}):
+        if tokens > 0:
             prefill(1, tokens)
     for batch in batches:
         if batch > num_slots or room < _SHORT:

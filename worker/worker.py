@@ -193,6 +193,7 @@ class Worker:
             num_blocks=info.num_blocks,
             block_size=info.block_size,
             max_model_len=info.max_model_len,
+            max_batched_tokens=self.config.scheduler.max_batched_tokens,
             num_drafts=runner.num_drafts,
             batches=DecodeGraphs.batches(info.num_slots) if runner.graphs is not None else [1],
         )
