@@ -110,7 +110,8 @@ def verdict_table(rows: Sequence[Row]) -> str:
     ]
     for line in LINES:
         own = verdicts(line, line.own, own_rows(rows))
-        served = verdicts(line, line.served, served_rows(rows))
+        running = served_rows(rows) if line.backends_serve else own_rows(rows)
+        served = verdicts(line, line.served, running)
         reached = verdicts(line, line.target, own_rows(rows))
         cells = (
             line.name,

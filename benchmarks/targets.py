@@ -46,6 +46,7 @@ class Line:
         served: must of what serves the op (an optional backend, where installed and faster).
         own: must of the own kernel.
         target: what the own kernel should reach.
+        backends_serve: whether steps reach the op's optional backend, where it is installed.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Line:
     served: Goals
     own: Goals
     target: Goals = ()
+    backends_serve: bool = True
 
     def judges(self, op: str, shape: str) -> bool:
         """Whether a row belongs to this line."""
@@ -122,6 +124,7 @@ LINES = (
         served=_goals(Figure.TFLOPS, 1000.0),
         own=_goals(Figure.TFLOPS, 700.0),
         target=_goals(Figure.TFLOPS, 1050.0),
+        backends_serve=False,  # the model selects by index_topk, which scores with the own kernel
     ),
     Line(
         name="top-k 512: 1024 rows of 64K",

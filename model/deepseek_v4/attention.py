@@ -61,8 +61,7 @@ class Attention:
         mesh: ParallelMesh,
     ) -> None:
         self.config, self.mesh = config, mesh
-        self.eps, self.quantize = config.rms_norm_eps, numerics.quantize
-        self.projector = Projector(numerics)
+        self.eps, self.projector = config.rms_norm_eps, Projector(numerics)
         self.sharded = parallel.kv_shard == "cp" and mesh.cp.size > 1 and ratio != 0
         self.view = mesh.decode_view(config.num_attention_heads, config.o_groups)
         attn = f"{prefix}.attn"
@@ -77,7 +76,7 @@ class Attention:
         self.inv_freq = torch.tensor(
             config.inv_freq(ratio), dtype=torch.float32, device=self.attn_sink.device
         )
-        self.output = AttentionOutput(config, weights, attn, self.inv_freq, mesh, numerics)
+        self.output = AttentionOutput(config, weights, attn, self.inv_freq, mesh, self.projector)
         lo, hi = self.view.heads
         self.decode_wq_b = self.wq_b.rows(lo * d, hi * d)
         self.decode_sink = self.attn_sink[lo:hi]
@@ -122,7 +121,7 @@ class Attention:
             cache.window,
             cache.window_layout,
             batch.window_dest,
-            quantize=self.quantize,
+            quantize=self.projector.quantize,
             index_q=index_q,
         )
         window = WindowRing(pool=cache.window, layout=cache.window_layout, slots=batch.window_slots)
@@ -168,7 +167,7 @@ class Attention:
             cache.window,
             cache.window_layout,
             torch.full_like(positions, -1),
-            quantize=self.quantize,
+            quantize=self.projector.quantize,
         )
         carried = load_entries(cache.window, cache.window_layout, plan.rows.carried, kv.dtype)
         return row_stream(kv, plan.rows, carried, None)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from kernels import (
-    Numerics,
     PreparedWeight,
     block_amax,
     grouped_output,
@@ -21,6 +20,7 @@ from kernels import (
 if TYPE_CHECKING:
     from model.checkpoint.loader import WeightDict
     from model.deepseek_v4.config import DeepSeekV4Config
+    from model.deepseek_v4.projection import Projector
     from model.parallel.collectives import Group
     from model.parallel.mesh import ParallelMesh
 
@@ -37,10 +37,9 @@ class AttentionOutput:
         attn: str,
         inv_freq: Tensor,
         mesh: ParallelMesh,
-        numerics: Numerics,
+        projector: Projector,
     ) -> None:
-        self.inv_freq, self.mesh = inv_freq, mesh
-        self.quantize, self.fused = numerics.quantize, numerics is Numerics.RELEASE
+        self.inv_freq, self.mesh, self.projector = inv_freq, mesh, projector
         self.rank_dim = config.o_lora_rank
         self.columns = config.o_groups * config.o_lora_rank  # of wo_b over all ranks
         self.view = mesh.decode_view(config.num_attention_heads, config.o_groups)
@@ -86,13 +85,22 @@ class AttentionOutput:
         dtype = o.dtype if group.size == 1 else wide_dtype(o.dtype)
         start, columns = first_group * self.rank_dim, groups * self.rank_dim
         cuts_block = columns % _BLOCK != 0 and group.size > 1
-        if self.fused and wo_b.kind.rounds_activations and start % _BLOCK == 0 and not cuts_block:
+        if (
+            self.projector.fused
+            and wo_b.kind.rounds_activations
+            and start % _BLOCK == 0
+            and not cuts_block
+        ):
             rows = grouped_output_quant(o, positions, self.inv_freq, wo_a, groups)
             out = linear_quant(rows, wo_b, out_dtype=dtype)
         else:
             u = grouped_output(o, positions, self.inv_freq, wo_a, groups)
-            amax = self._shared_amax(u, start, group) if self.quantize and cuts_block else None
-            out = linear(u, wo_b, quantize=self.quantize, amax=amax, out_dtype=dtype)
+            amax = (
+                self._shared_amax(u, start, group)
+                if self.projector.quantize and cuts_block
+                else None
+            )
+            out = linear(u, wo_b, quantize=self.projector.quantize, amax=amax, out_dtype=dtype)
         return group.all_reduce(out).to(o.dtype)
 
     def _shared_amax(self, u: Tensor, start: int, group: Group) -> Tensor:

@@ -40,14 +40,6 @@ class Activations:
     values: Tensor | None
     quant: QuantRows | None
 
-    @property
-    def num_rows(self) -> int:
-        """T."""
-        rows = self.values if self.quant is None else self.quant
-        if rows is None:
-            raise ValueError("activations without rows")
-        return rows.shape[0]
-
     def wide(self) -> Tensor:
         """The rows as they are, for products without rounding."""
         if self.values is None:

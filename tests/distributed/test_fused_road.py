@@ -30,15 +30,8 @@ def logits() -> list[Tensor]:
     return [rows_of(part) for out in outs for part in (out.logits, out.mtp_logits)]
 
 
-def test_fused_ops_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    fused = logits()
-    init = projection.Projector.__init__
-
-    def plain(self: projection.Projector, numerics: object) -> None:
-        init(self, numerics)  # type: ignore[arg-type]
-        self.fused = False
-
-    monkeypatch.setattr(projection.Projector, "__init__", plain)
+def count(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the fused ops that the layers call from now on."""
     calls: list[str] = []
     for module, name in ((attention_output, "grouped_output_quant"), (moe, "expert_ffn_quant")):
         real = getattr(module, name)
@@ -48,8 +41,23 @@ def test_fused_ops_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
             return real(*args, **kw)  # type: ignore[operator]
 
         monkeypatch.setattr(module, name, counted)
+    return calls
+
+
+def test_fused_ops_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = count(monkeypatch)
+    fused = logits()
+    assert {"grouped_output_quant", "expert_ffn_quant"} == set(calls)
+    calls.clear()
+    init = projection.Projector.__init__
+
+    def plain(self: projection.Projector, numerics: object) -> None:
+        init(self, numerics)  # type: ignore[arg-type]
+        self.fused = False
+
+    monkeypatch.setattr(projection.Projector, "__init__", plain)
     one_by_one = logits()
-    assert "expert_ffn_quant" not in calls  # the switch reached the layers
+    assert calls == []  # the one switch reached every layer
     for a, b in zip(fused, one_by_one, strict=True):
         assert torch.equal(a, b)
 
