@@ -91,10 +91,10 @@ def _experts(packed: bool) -> Fp4Experts | Fp8Experts:
             intermediate_size=INNER,
             device=device,
             w13=codes(LOCAL, 2 * INNER, HIDDEN // 2).view(torch.int8),
-            w13_sub=scales(2 * INNER, HIDDEN // 32, 118),
+            w13_sub=scales(2 * INNER, HIDDEN // 32, 117),
             w13_scale=w13_scale,
             w2_data=codes(LOCAL, HIDDEN, INNER // 2).view(torch.int8),
-            w2_sub=scales(HIDDEN, INNER // 32, 118),
+            w2_sub=scales(HIDDEN, INNER // 32, 117),
             w2_scale=w2_scale,
             up_row=INNER,
         )
@@ -142,4 +142,5 @@ def cases() -> Iterable[Case]:
     for load, counts in decode.items():
         yield whole_case("pair", load, counts)
     yield whole_case("whole, FP4 weights", "prefill", prefill, packed=True)
-    yield whole_case("whole, FP4 weights", "32 tokens", decode["32 tokens"], packed=True)
+    for load, counts in decode.items():
+        yield whole_case("whole, FP4 weights", load, counts, packed=True)

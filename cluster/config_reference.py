@@ -22,8 +22,8 @@ MEANINGS: dict[str, str] = {
     "steps with float64 between them, `fp32`: no rounding; both for oracles",
     "model.max_model_len": "tokens of prompt and output together; 0: what the model allows",
     "model.seed": "seed of `load_format: random`; the same weights on every mesh",
-    "model.keep_fp4": "on a GPU: FP4 experts stay packed, which takes half the memory and more time; "
-    "false: they become FP8, bit for bit the same values",
+    "model.keep_fp4": "on a GPU: FP4 experts stay packed: half the memory, decode reads half the bytes, "
+    "prefill expands them at each step; false: they become FP8, bit for bit the same values",
     "device": "`auto` takes CUDA where there is a device, and says so",
     "parallel.cp": "context-parallel size; the world has `cp * tp` ranks, `rank = cp_rank * tp + "
     "tp_rank`",

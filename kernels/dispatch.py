@@ -222,7 +222,10 @@ _FASTER: dict[str, tuple[Implementation, ...]] = {
     "hc_post_pre": _hopper("hc_post_pre", "as hc_pre, streams made on the way"),
     "hc_pre_norm": _hopper("hc_norm", "as hc_pre, norm and codes behind it"),
     "hc_post_pre_norm": _hopper("hc_norm", "as hc_post_pre, norm and codes behind it"),
-    "moe_gate": _triton("moe_gate", "exact f32 logits of bf16 on the tensor cores, no host sync"),
+    "moe_gate": (
+        *_hopper("moe_gate", "bf16: one launch for up to 64 rows, else two; else Triton"),
+        *_triton("moe_gate", "exact f32 logits of bf16 on the tensor cores, no host sync"),
+    ),
     "moe_permute": _triton("moe_permute", "counting sort on the device, no host sync"),
     "moe_permute_quant": _triton("moe_permute", "codes and scales are copied, no host sync"),
     "moe_unpermute": _triton("moe_permute", "one pass; f64 runs the twin"),

@@ -47,8 +47,9 @@ def prepare_experts(
         w1: gate weights [I, D] in checkpoint format, one per local expert.
         w3: up weights [I, D].
         w2: down weights [D, I].
-        keep_fp4: on a GPU, keep FP4 experts packed: half the memory of FP8, and each call expands the
-            experts that have rows. The results have the same bits. The torch twin keeps no packed form.
+        keep_fp4: on a GPU, keep FP4 experts packed: half the memory of FP8, and half of its traffic
+            where experts have few rows; with many, each call expands the experts that have rows. The
+            results have the same bits. The torch twin keeps no packed form.
 
     Raises:
         KernelContractError: no expert, lists of different lengths, shapes that do not fit, or a list

@@ -13,12 +13,15 @@ from kernels.grouped_gemm.api import PreparedExperts
 from kernels.grouped_gemm.device_experts import Fp4Experts, Fp8Experts
 from kernels.linear.api import BLOCK, PreparedWeight, prepare_weight
 from kernels.linear.device_weight import Fp4Weight, Fp8Weight
+from kernels.linear.fp4_order import COLUMNS as SUB_BLOCK
+from kernels.linear.fp4_order import to_device_order
 from kernels.quant_gemm.api import expert_ffn_quant
 from kernels.quant_rows.api import quant_rows
 from kernels.weight import BlockWeight
 
 _ALIGN = 16  # columns of a weight that the copy engine can walk
-_SUB_BLOCK = 32  # columns of an FP4 scale
+# Of a 1x32 scale to its 128x128 one: below, a code of FP8 is exact only if it is zero.
+_LOWEST_SHIFT = -11
 _FLOATS = (torch.float32, torch.bfloat16)
 
 
@@ -81,6 +84,17 @@ def _fits(weight: object, inner: int, hidden: int, down: bool) -> bool:
     )
 
 
+def _readable_scales(sub: Tensor, scale: Tensor) -> Tensor:
+    """1x32 scales whose distance to the 128x128 ones is in the kernel's table.
+
+    Others belong to blocks of zeros alone, since FP8 holds every value: any scale will do for them.
+    """
+    n, columns = sub.shape
+    lines = scale.repeat_interleave(BLOCK, 0)[:n].repeat_interleave(BLOCK // SUB_BLOCK, 1)
+    lines = lines[:, :columns]
+    return torch.where(sub.int() - lines.int() < _LOWEST_SHIFT, lines, sub)
+
+
 class _Stacks:
     """The tensors being filled, expert by expert."""
 
@@ -99,8 +113,8 @@ class _Stacks:
         self.w2 = stack(hidden, inner // per_byte).view(dtype)
         self.w13_scale, self.w2_scale = stack(2 * lines, columns), stack(columns, lines)
         if packed:
-            self.w13_sub = stack(2 * self.up_row, hidden // _SUB_BLOCK)
-            self.w2_sub = stack(hidden, inner // _SUB_BLOCK)
+            self.w13_sub = stack(2 * self.up_row, hidden // SUB_BLOCK)
+            self.w2_sub = stack(hidden, inner // SUB_BLOCK)
 
     def put(
         self, expert: int, codes: Sequence[Fp8Weight], given: Sequence[BlockWeight]
@@ -123,8 +137,8 @@ class _Stacks:
                     self.w13_sub[expert][lower],
                     self.w2_sub[expert],
                 )
-                data.copy_(source.data)
-                sub[i].copy_(source.scale)
+                data.copy_(to_device_order(source.data))
+                sub[i].copy_(_readable_scales(source.scale, weight.scale))
                 views.append(Fp4Weight(data=data, scale=sub[i]))
             else:
                 data.copy_(weight.data)

@@ -30,14 +30,15 @@ class Fp8Experts(PreparedExperts):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fp4Experts(PreparedExperts):
-    """``PreparedExperts`` in FP4, with the scales of the FP8 form that every call expands into.
+    """``PreparedExperts`` in FP4, with the scales of the FP8 form that every product makes of it.
 
     Args:
-        w13: packed int8 [E, up_row + I padded to 128, D / 2], rows as in ``Fp8Experts``.
-        w13_sub: E8M0 bytes of its 1x32 blocks.
+        w13: packed int8 [E, up_row + I padded to 128, D / 2], rows as in ``Fp8Experts``, columns in
+            the order of ``kernels.linear.fp4_order``.
+        w13_sub: E8M0 bytes of its 1x32 blocks, at least the 128x128 block's - 11.
         w13_scale: E8M0 bytes of the 128x128 blocks of the FP8 form.
-        w2_data: packed int8 [E, D, I / 2].
-        w2_sub: E8M0 bytes of its 1x32 blocks.
+        w2_data: packed int8 [E, D, I / 2], likewise.
+        w2_sub: E8M0 bytes of its 1x32 blocks, likewise.
         w2_scale: E8M0 bytes of the 128x128 blocks of the FP8 form.
         up_row: I padded to 128.
     """

@@ -66,10 +66,12 @@ def collapse(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(streams, out, post, comb)`` of ``hc_pre`` (iters > 0) or ``hc_head`` (0: no post, no comb).
 
-    With ``mixed`` = (a, post, comb) of the sub-layer before, ``x`` goes through ``hc_post`` first.
+    With ``mixed`` = (a, post, comb) of the sub-layer before, ``x`` goes through ``hc_post`` first; ``a``
+    is rounded to the streams' dtype.
     """
     tokens, _, dim = x.shape
     if tokens == 0 or not _fits(x):
+        mixed = _narrow(mixed, x.dtype)
         streams = x if mixed is None else hc_post(mixed[0], x, mixed[1], mixed[2])
         return streams, *triton_collapse(
             streams,
@@ -124,6 +126,13 @@ def collapse_norm(
     return streams, normed, rows, post, comb
 
 
+def _narrow(
+    mixed: tuple[Tensor, Tensor, Tensor] | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """``mixed`` with its first tensor in ``dtype``."""
+    return None if mixed is None else (mixed[0].to(dtype), *mixed[1:])
+
+
 def _fits(x: Tensor) -> bool:
     """Whether the CUDA kernels take these streams."""
     _, r, dim = x.shape
@@ -153,6 +162,9 @@ def _launch(
     new = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
     post = new((tokens, r) if iters else (0,))
     comb = new((tokens, r, r) if iters else (0,))
+    few = tokens <= _FEW
+    if not few:
+        mixed = _narrow(mixed, x.dtype)
     streams, a = x, None
     old: tuple[Tensor | None, ...] = (None, None)
     if mixed is not None:
@@ -161,12 +173,13 @@ def _launch(
     weight, rows, rms_eps = norm or (None, None, 0.0)
     code = load_library(*_SOURCES).causeway_hc(
         ctypes.c_int(_POST_PRE if mixed is not None else _PRE if iters else _HEAD),
-        ctypes.c_int(tokens <= _FEW),
+        ctypes.c_int(few),
         pointer(x),
         ctypes.c_int64(x.stride(0)),
         ctypes.c_int64(x.stride(1)),
         pointer(a),
         ctypes.c_int64(0 if a is None else a.stride(0)),
+        ctypes.c_int(a is not None and a.dtype is not x.dtype),
         *map(pointer, (*old, fn, scale, base, weight)),
         ctypes.c_int(weight is not None and weight.dtype is torch.float32),
         *map(pointer, (streams, out, post, comb)),

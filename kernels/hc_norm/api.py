@@ -80,7 +80,8 @@ def hc_post_pre_norm(
     """``streams = hc_post(a, x, post, comb)``, then ``hc_pre_norm(streams, ..)``.
 
     Args:
-        a: the finished sub-layer's output [T, D], same dtype as ``x``.
+        a: the finished sub-layer's output [T, D], in ``x.dtype``, or float32, which is rounded to
+            ``x.dtype`` first.
         x: its streams [T, R, D] float32 or bfloat16.
         post: float32 [T, R] of its ``hc_pre``.
         comb: float32 [T, R, R] of its ``hc_pre``, [source, destination].
@@ -102,8 +103,9 @@ def hc_post_pre_norm(
     """
     check_tensor("hc_post_pre_norm: x", x, shape=(None, None, None), dtype=_FLOATS)
     tokens, r, dim = x.shape
+    given = x.dtype if x.dtype is not torch.bfloat16 else _FLOATS
     before = (
-        ("a", a, (tokens, dim), x.dtype),
+        ("a", a, (tokens, dim), given),
         ("post", post, (tokens, r), torch.float32),
         ("comb", comb, (tokens, r, r), torch.float32),
     )
@@ -133,7 +135,7 @@ def _check(
     base: Tensor,
     norm_weight: Tensor,
     iters: int,
-    before: Sequence[tuple[str, Tensor, tuple[int, ...], torch.dtype]],
+    before: Sequence[tuple[str, Tensor, tuple[int, ...], torch.dtype | tuple[torch.dtype, ...]]],
 ) -> None:
     r, dim = x.shape[1], x.shape[2]
     mixes = (2 + r) * r

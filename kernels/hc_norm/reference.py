@@ -43,7 +43,7 @@ def hc_post_pre_norm(
     rms_eps: float,
 ) -> tuple[Tensor, Tensor, QuantRows, Tensor, Tensor]:
     """See ``kernels.hc_norm.api.hc_post_pre_norm``."""
-    streams = hc_post(a, x, post, comb)
+    streams = hc_post(a.to(x.dtype), x, post, comb)
     rest = hc_pre_norm(
         streams,
         fn,

@@ -27,7 +27,8 @@ def hc_post_pre(
     """``streams = hc_post(a, x, post, comb)``, then ``hc_pre(streams, fn, scale, base)``.
 
     Args:
-        a: the finished sub-layer's output [T, D], same dtype as ``x``.
+        a: the finished sub-layer's output [T, D], in ``x.dtype``, or float32, which is rounded to
+            ``x.dtype`` first.
         x: its streams [T, R, D] float32 or bfloat16.
         post: float32 [T, R] of its ``hc_pre``.
         comb: float32 [T, R, R] of its ``hc_pre``, [source, destination].
@@ -49,8 +50,9 @@ def hc_post_pre(
     tokens, r, dim = x.shape
     mixes = (2 + r) * r
     single = torch.float32
+    given = x.dtype if x.dtype is not torch.bfloat16 else _FLOATS
     for name, tensor, shape, dtype in (
-        ("a", a, (tokens, dim), x.dtype),
+        ("a", a, (tokens, dim), given),
         ("post", post, (tokens, r), single),
         ("comb", comb, (tokens, r, r), single),
         ("fn", fn, (mixes, r * dim), single),

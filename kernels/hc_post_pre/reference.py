@@ -21,7 +21,7 @@ def hc_post_pre(
     norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``kernels.hc_post_pre.api.hc_post_pre``."""
-    streams = hc_post(a, x, post, comb)
+    streams = hc_post(a.to(x.dtype), x, post, comb)
     out, next_post, next_comb = hc_pre(
         streams, fn, scale, base, iters=iters, eps=eps, norm_eps=norm_eps
     )

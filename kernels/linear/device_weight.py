@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.contract import KernelContractError
 from kernels.linear.api import BLOCK, WeightKind
+from kernels.linear.fp4_order import from_device_order
 from kernels.quant.api import dequant_fp4, dequant_fp8
 
 
@@ -140,10 +141,10 @@ class PlainWeight:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fp4Weight:
-    """A packed FP4 weight; ``linear`` dequantises it at every call, grouped products expand it.
+    """A packed FP4 weight; ``linear`` dequantises it at every call, grouped products read it.
 
     Args:
-        data: int8 [n, k / 2], the even column in the low nibble.
+        data: int8 [n, k / 2] in the order of ``fp4_order``.
         scale: E8M0 bytes [n, k / 32].
     """
 
@@ -168,7 +169,7 @@ class Fp4Weight:
     @property
     def matrix(self) -> Tensor:
         """The float32 values [n, k], made anew at each call."""
-        return dequant_fp4(self.data, self.scale)
+        return dequant_fp4(from_device_order(self.data), self.scale)
 
     @property
     def out_features(self) -> int:

@@ -1,4 +1,4 @@
-"""CUDA C++ implementation on Hopper's tensor cores: see cuda/gemm.cuh and cuda/wide.cuh."""
+"""CUDA C++ implementation on Hopper's tensor cores: see gemm.cuh, wide.cuh, packed.cuh in cuda/."""
 
 from __future__ import annotations
 
@@ -108,35 +108,64 @@ def expert_ffn_quant(
     out = torch.empty(count, experts.hidden_size, dtype=out_dtype, device=rows.device)
     if out.numel() == 0:
         return out
-    w13, w2 = experts.w13, experts.w2_data
+    inner = _first_product(rows, offsets, row_weight, experts, limit=limit, dtype=out_dtype)
     if isinstance(experts, Fp4Experts):
-        w13 = expand_fp4(w13, experts.w13_sub, experts.w13_scale, offsets)
-    width, up = experts.intermediate_size, experts.up_row
-    tile = tuning.choose_grouped(count, experts.num_experts)
-    gated = tuning.choose_gated(count, experts.num_experts)
-    if gated is not None and out_dtype == torch.bfloat16:
-        inner = empty_quant_rows(count, width, rows.device)
-        cuda_launch.gated_product(
-            gated,
-            rows,
-            w13,
-            experts.w13_scale,
-            inner,
-            offsets,
-            up_row=up,
-            row_weight=row_weight,
-            limit=limit,
-        )
+        multiply_packed(inner, experts.w2_data, experts.w2_sub, experts.w2_scale, offsets, out)
     else:
-        hidden = torch.empty(count, w13.shape[1], dtype=out_dtype, device=rows.device)
-        multiply_grouped(tile, rows, w13, experts.w13_scale, offsets, hidden)
-        inner = swiglu_quant(
+        tile = tuning.choose_grouped(count, experts.num_experts)
+        multiply_grouped(tile, inner, experts.w2_data, experts.w2_scale, offsets, out)
+    return out
+
+
+def multiply_packed(
+    rows: QuantRows, packed: Tensor, sub: Tensor, scale: Tensor, offsets: Tensor, out: Tensor
+) -> None:
+    """``multiply_grouped`` of packed FP4 weights, read as they are or expanded: the same bits."""
+    count, groups = rows.shape[0], packed.shape[0]
+    tile = _packed_tile(rows, groups)
+    if tile is not None:
+        cuda_launch.packed_product(tile, rows, packed, sub, scale, out, offsets)
+        return
+    data = expand_fp4(packed, sub, scale, offsets)
+    multiply_grouped(tuning.choose_grouped(count, groups), rows, data, scale, offsets, out)
+
+
+def _packed_tile(rows: QuantRows, groups: int) -> tuning.PackedTile | None:
+    """The tile that reads packed weights; None where they are expanded."""
+    return None if rows.col_offset else tuning.choose_packed(rows.shape[0], groups, rows.shape[1])
+
+
+def _first_product(
+    rows: QuantRows,
+    offsets: Tensor,
+    row_weight: Tensor,
+    experts: Fp8Experts | Fp4Experts,
+    *,
+    limit: float,
+    dtype: torch.dtype,
+) -> QuantRows:
+    """The experts' hidden rows, SwiGLU included."""
+    count, width, up = rows.shape[0], experts.intermediate_size, experts.up_row
+    groups, w13, scale = experts.num_experts, experts.w13, experts.w13_scale
+    gated = tuning.choose_gated(count, groups) if dtype == torch.bfloat16 else None
+    direct = isinstance(experts, Fp4Experts) and _packed_tile(rows, groups) is not None
+    if gated is None or direct:
+        hidden = torch.empty(count, w13.shape[1], dtype=dtype, device=rows.device)
+        if isinstance(experts, Fp4Experts):
+            multiply_packed(rows, w13, experts.w13_sub, scale, offsets, hidden)
+        else:
+            tile = tuning.choose_grouped(count, groups)
+            multiply_grouped(tile, rows, w13, scale, offsets, hidden)
+        return swiglu_quant(
             hidden[:, :width], hidden[:, up : up + width], limit=limit, row_weight=row_weight
         )
     if isinstance(experts, Fp4Experts):
-        w2 = expand_fp4(w2, experts.w2_sub, experts.w2_scale, offsets)
-    multiply_grouped(tile, inner, w2, experts.w2_scale, offsets, out)
-    return out
+        w13 = expand_fp4(w13, experts.w13_sub, scale, offsets)
+    inner = empty_quant_rows(count, width, rows.device)
+    cuda_launch.gated_product(
+        gated, rows, w13, scale, inner, offsets, up_row=up, row_weight=row_weight, limit=limit
+    )
+    return inner
 
 
 def _is_odd(w: Fp8Weight) -> bool:

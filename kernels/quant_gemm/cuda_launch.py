@@ -72,6 +72,10 @@ def library() -> ctypes.CDLL:
         *(number, pointer, wide, pointer, wide, wide, wide, wide),
         *(ctypes.POINTER(_Arguments), ctypes.POINTER(_GateArguments), number, pointer),
     )
+    loaded.causeway_gemm_packed.argtypes = (
+        *(number, pointer, wide, pointer, pointer, wide, wide),
+        *(ctypes.POINTER(_Arguments), number, pointer),
+    )
     loaded.causeway_expand_fp4.argtypes = (*[pointer] * 5, *[number] * 5, pointer)
     return loaded
 
@@ -125,6 +129,69 @@ def gated_product(
     _launch(tile, rows, data, scale, offsets, gate, columns=out.shape[1])
 
 
+def packed_product(
+    tile: tuning.PackedTile,
+    rows: QuantRows,
+    packed: Tensor,
+    sub: Tensor,
+    scale: Tensor,
+    out: Tensor,
+    offsets: Tensor,
+) -> None:
+    """``product`` of packed FP4 weights [G, n, k / 2] and their 1x32 scales, with the same bits.
+
+    k is a multiple of ``tuning.PACKED_COLUMNS``, and the rows start at column 0.
+    """
+    arguments = _arguments(rows, scale, offsets, packed.shape[1], out=out)
+    code = library().causeway_gemm_packed(
+        tile.index,
+        rows.q.data_ptr(),
+        rows.q.stride(0),
+        packed.data_ptr(),
+        sub.data_ptr(),
+        packed.shape[1],
+        2 * packed.shape[2],
+        ctypes.byref(arguments),
+        multiprocessors(rows.device.index),
+        nvcc.stream(rows.q),
+    )
+    nvcc.check_launch("expert_ffn_quant", code)
+
+
+def _arguments(
+    rows: QuantRows,
+    scale: Tensor,
+    offsets: Tensor | None,
+    columns: int,
+    *,
+    out: Tensor | None,
+    row_offset: int = 0,
+) -> _Arguments:
+    if max(rows.scale.stride(0) * rows.shape[0], scale.stride(0) * scale.shape[0]) >= 1 << 32:
+        raise KernelContractError(
+            f"linear_quant: scale: expected less than 4 GiB, got rows {list(rows.scale.shape)} and"
+            f" weights {list(scale.shape)}"
+        )
+    return _Arguments(
+        rows.scale.data_ptr(),
+        scale.data_ptr(),
+        None if out is None else out.data_ptr(),
+        0 if out is None else out.stride(0),
+        None if offsets is None else offsets.data_ptr(),
+        rows.scale.stride(0),
+        scale.stride(1),
+        scale.stride(0),
+        rows.shape[0],
+        scale.shape[0],
+        columns,
+        scale.shape[1],
+        scale.shape[2],
+        row_offset,
+        rows.col_offset,
+        out is not None and out.dtype == torch.float32,
+    )
+
+
 def _launch(
     tile: tuning.Tile,
     rows: QuantRows,
@@ -137,29 +204,8 @@ def _launch(
     columns: int | None = None,
     row_offset: int = 0,
 ) -> None:
-    if max(rows.scale.stride(0) * rows.shape[0], scale.stride(0) * scale.shape[0]) >= 1 << 32:
-        raise KernelContractError(
-            f"linear_quant: scale: expected less than 4 GiB, got rows {list(rows.scale.shape)} and"
-            f" weights {list(scale.shape)}"
-        )
-    arguments = _Arguments(
-        rows.scale.data_ptr(),
-        scale.data_ptr(),
-        None if out is None else out.data_ptr(),
-        0 if out is None else out.stride(0),
-        None if offsets is None else offsets.data_ptr(),
-        rows.scale.stride(0),
-        scale.stride(1),
-        scale.stride(0),
-        rows.shape[0],
-        data.shape[0],
-        data.shape[1] if columns is None else columns,
-        scale.shape[1],
-        scale.shape[2],
-        row_offset,
-        rows.col_offset,
-        out is not None and out.dtype == torch.float32,
-    )
+    width = data.shape[1] if columns is None else columns
+    arguments = _arguments(rows, scale, offsets, width, out=out, row_offset=row_offset)
     code = library().causeway_gemm(
         tile.index,
         rows.q.data_ptr(),
@@ -178,7 +224,7 @@ def _launch(
 
 
 def expand_fp4(packed: Tensor, sub: Tensor, scale: Tensor, offsets: Tensor | None) -> Tensor:
-    """FP4 weights [G, n, k / 2] as e4m3 [G, n, k] under the 128x128 scales ``scale``.
+    """FP4 weights [G, n, k / 2], in device order, as e4m3 [G, n, k] under 128x128 scales ``scale``.
 
     Groups without rows in ``offsets`` stay unwritten.
     """

@@ -41,6 +41,35 @@ _GROUPED = {16: TILES[2], 64: TILES[7], 128: TILES[11]}
 _FEW_ROWS = 64  # of all experts together
 
 
+@dataclass(frozen=True, slots=True)
+class PackedTile:
+    """One compiled tile of packed FP4 weights.
+
+    Args:
+        index: its index in ``packed_shapes.h``.
+        rows: rows of the tile.
+        columns: columns of the tile.
+    """
+
+    index: int
+    rows: int
+    columns: int
+
+
+PACKED_TILES = (
+    PackedTile(0, 8, 64),
+    PackedTile(1, 8, 128),
+    PackedTile(2, 16, 128),
+    PackedTile(3, 32, 128),
+    PackedTile(4, 48, 128),
+)
+PACKED_COLUMNS = 512  # K that a row's 16 bytes of 1x32 scales cover
+_PACKED_MEAN = (
+    128  # rows of an expert; beyond, expanding once costs less than unpacking in every tile
+)
+_VERY_FEW_ROWS = 12  # of all experts together: narrow tiles occupy more of the machine
+
+
 def choose(rows: int, columns: int, multiprocessors: int) -> Tile:
     """The tile for one weight: the one whose waves over the machine take the least time."""
 
@@ -65,6 +94,16 @@ def choose_gated(rows: int, groups: int) -> Tile | None:
         return None
     mean = rows / groups
     return GATED[16 if mean <= 16 else 64 if mean <= 48 else 128]
+
+
+def choose_packed(rows: int, groups: int, depth: int) -> PackedTile | None:
+    """The tile that reads packed FP4 weights of ``depth`` columns; None where they are expanded."""
+    mean = rows / groups
+    if depth % PACKED_COLUMNS or mean > _PACKED_MEAN:
+        return None
+    if rows <= _VERY_FEW_ROWS:
+        return PACKED_TILES[0]
+    return PACKED_TILES[1 if mean <= 4 else 2 if mean <= 12 else 3 if mean <= 24 else 4]
 
 
 def gated_fills(rows: int, columns: int, multiprocessors: int) -> bool:

@@ -26,6 +26,7 @@ _DECODE = tuple(
     for name in (
         "decode.cu",
         "decode_merge.cuh",
+        "decode_narrow.cuh",
         "decode_plan.cuh",
         "decode_read.cuh",
         "pages.cuh",
@@ -36,6 +37,7 @@ _DECODE = tuple(
 _DIM, _ROPE = 512, 64
 _HEAD_TILE = 64
 _CHUNK = 160  # keys; as in decode_plan.cuh
+_FEW_HEADS, _NARROW_CHUNK = 16, 80  # so many heads have a kernel of their own
 _PARTIAL_BYTES = 1 << 29  # partial results of chunks kept at once
 _FORMATS = {CacheDtype.FP8: 0, CacheDtype.BF16: 1, CacheDtype.FP32: 2}
 
@@ -147,7 +149,7 @@ def _decode(
     if entries is not None:
         capacity = entries.block_table.shape[1] * entries.layout.entries_per_page
         keys += capacity if entries.index is None else entries.index.shape[1]
-    chunks = max(1, -(-keys // _CHUNK))
+    chunks = max(1, -(-keys // (_CHUNK if heads > _FEW_HEADS else _NARROW_CHUNK)))
     tiles, tile_heads = -(-heads // _HEAD_TILE), min(heads, _HEAD_TILE)
     step, partial, stats = rows, None, None
     if chunks > 1:

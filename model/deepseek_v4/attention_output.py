@@ -53,13 +53,13 @@ class AttentionOutput:
         self.decode_wo_b = self.wo_b.cols(lo, hi)
 
     def prefill(self, o: Tensor, positions: Tensor) -> Tensor:
-        """o [T, H/tp, d] -> [T, D], summed over tp."""
+        """o [T, H/tp, d] -> [T, D], summed over tp: wide, or rounded by a rank alone."""
         return self._project(
             o, positions, self.wo_a, self.wo_b, self.first_group, self.groups, self.mesh.tp
         )
 
     def decode(self, o: Tensor, positions: Tensor) -> Tensor:
-        """o [T, H of the decode slice, d] -> [T, D], summed over the decode group."""
+        """o [T, H of the decode slice, d] -> [T, D], summed over the decode group, as ``prefill``."""
         lo, hi = self.view.groups
         return self._project(
             o,
@@ -81,7 +81,8 @@ class AttentionOutput:
         groups: int,
         group: Group,
     ) -> Tensor:
-        # Partial sums travel wide and are rounded once; a rank alone rounds in the product.
+        # Partial sums travel wide; who mixes them into the streams rounds them, once. A rank alone
+        # rounds in the product.
         dtype = o.dtype if group.size == 1 else wide_dtype(o.dtype)
         start, columns = first_group * self.rank_dim, groups * self.rank_dim
         cuts_block = columns % _BLOCK != 0 and group.size > 1
@@ -101,7 +102,7 @@ class AttentionOutput:
                 else None
             )
             out = linear(u, wo_b, quantize=self.projector.quantize, amax=amax, out_dtype=dtype)
-        return group.all_reduce(out).to(o.dtype)
+        return group.all_reduce(out)
 
     def _shared_amax(self, u: Tensor, start: int, group: Group) -> Tensor:
         """Block maxima where a rank's columns cut a 128-block: the maximum over all its owners."""

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SubLayerOutput:
-    """A sub-layer's output [T, D] and the mix that brings it back: post [T, R], comb [T, R, R]."""
+    """A sub-layer's output [T, D] and the mix that brings it back: post [T, R], comb [T, R, R].
+
+    The output may be a float32 sum over ranks: it is rounded to the streams' dtype where it is mixed in.
+    """
 
     out: Tensor
     post: Tensor
@@ -45,7 +48,7 @@ class Residual:
         if self.pending is None:
             return self.streams
         last = self.pending
-        return hc_post(last.out, self.streams, last.post, last.comb)
+        return hc_post(last.out.to(self.streams.dtype), self.streams, last.post, last.comb)
 
 
 @dataclass(frozen=True, slots=True)

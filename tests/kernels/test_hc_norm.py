@@ -61,6 +61,18 @@ def test_they_are_the_single_ops(tokens: int, r: int, dtype: torch.dtype) -> Non
                 assert torch.equal(got, want)
 
 
+def test_a_wide_result_is_rounded_first() -> None:
+    args, before = arguments(5, torch.bfloat16), mixed(5, torch.bfloat16)
+    wide = column_slice(torch.randn(5, 136))
+    streams, normed, rows, *factors = hc_post_pre_norm(**args, **before | {"a": wide})
+    twin = hc_post_pre_norm(**args, **before | {"a": wide.bfloat16()})
+    assert torch.equal(rows.q.view(torch.uint8), twin[2].q.view(torch.uint8))
+    assert torch.equal(rows.scale, twin[2].scale)
+    for got, want in zip((streams, normed, *factors), (*twin[:2], *twin[3:]), strict=True):
+        assert got.dtype is want.dtype
+        assert torch.equal(got, want)
+
+
 def test_contract() -> None:
     args, before = arguments(2, torch.float32), mixed(2, torch.float32)
     with pytest.raises(KernelContractError, match=r"hc_pre_norm: norm_weight: expected shape"):

@@ -94,3 +94,19 @@ def test_float32_and_other_widths_run_the_single_ops() -> None:
         want = parts((*norm.rms_norm_quant(out, weight, 1e-5), *factors))
         got = parts(fused.hc_pre_norm(x, *mix, weight, rms_eps=1e-5, **PRE))
         assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize(("tokens", "dim"), [*SHAPES, (33, 4096), (3, 96)])
+def test_a_wide_result_is_rounded_first(tokens: int, dim: int) -> None:
+    x = there(column_slice((torch.randn(tokens, 4, dim) * 2).bfloat16()))
+    wide = there(column_slice(torch.randn(tokens, dim)))
+    post, comb = there((torch.rand(tokens, 4) * 2, torch.rand(tokens, 4, 4)))
+    weight = there(torch.rand(dim) + 0.5)
+    mix = params(dim)
+    for op, more in ((fused.hc_post_pre_norm, (weight,)), (both.hc_post_pre, ())):
+        eps = {"rms_eps": 1e-5} if more else {}
+        got, want = (
+            parts(op(a, x, post, comb, *mix, *more, **eps, **PRE)) for a in (wide, wide.bfloat16())
+        )
+        for mine, other in zip(got, want, strict=True):
+            assert torch.equal(mine, other)

@@ -39,6 +39,17 @@ def test_it_is_the_two_ops(tokens: int, r: int, dtype: torch.dtype) -> None:
         assert torch.equal(got, twin)
 
 
+def test_a_wide_result_is_rounded_first() -> None:
+    args = arguments(5, torch.bfloat16)
+    wide = column_slice(torch.randn(5, 40))
+    for got, want in zip(
+        hc_post_pre(**args | {"a": wide}),
+        hc_post_pre(**args | {"a": wide.bfloat16()}),
+        strict=True,
+    ):
+        assert torch.equal(got, want)
+
+
 def test_contract() -> None:
     args = arguments(2, torch.float32)
     with pytest.raises(KernelContractError, match=r"post: expected shape \[2, 4\]"):

@@ -13,7 +13,8 @@ from tests.helpers.gpu import Implementation, assert_near, assert_rows_alone, th
 from tests.helpers.strided import column_slice
 
 pytestmark = pytest.mark.gpu
-gate = Implementation("kernels.moe_gate.triton_impl")
+GATES = [Implementation(f"kernels.moe_gate.{name}_impl") for name in ("cuda", "triton")]
+gate = GATES[0]
 permute = Implementation("kernels.moe_permute.triton_impl")
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -22,10 +23,27 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.mark.parametrize("kind", ["bias", "plain", "hash"])
 @pytest.mark.parametrize(
     ("tokens", "dim", "experts", "k"),
-    [(7, 4096, 256, 6), (300, 4096, 256, 6), (200, 7168, 384, 6), (5, 300, 24, 3), (0, 64, 8, 2)],
+    [
+        (7, 4096, 256, 6),
+        (300, 4096, 256, 6),
+        (200, 7168, 384, 6),
+        (30, 7168, 384, 6),
+        (64, 4096, 256, 6),
+        (5, 300, 24, 3),
+        (70, 300, 24, 3),
+        (20, 75, 511, 32),
+        (0, 64, 8, 2),
+    ],
 )
+@pytest.mark.parametrize("gate", GATES, ids=["cuda", "triton"])
 def test_moe_gate(
-    tokens: int, dim: int, experts: int, k: int, kind: str, dtype: torch.dtype
+    gate: Implementation,
+    tokens: int,
+    dim: int,
+    experts: int,
+    k: int,
+    kind: str,
+    dtype: torch.dtype,
 ) -> None:
     x = torch.randn(tokens, dim).to(dtype)
     weight = (torch.randn(experts, dim) * dim**-0.5 * 2).to(dtype)
@@ -66,6 +84,68 @@ def test_moe_gate(
         assert_rows_alone(lambda s, p=part: alone(s, p), result, rows)
 
 
+@pytest.mark.parametrize("hashed", [False, True])
+@pytest.mark.parametrize(
+    ("dim", "experts", "k"), [(4096, 256, 6), (7168, 384, 6), (200, 24, 3), (1032, 509, 31)]
+)
+def test_one_launch_and_two_give_the_same_bits(
+    dim: int, experts: int, k: int, hashed: bool
+) -> None:
+    x = there(torch.randn(130, dim).to(torch.bfloat16))
+    weight = there((torch.randn(experts, dim) * dim**-0.5 * 2).to(torch.bfloat16))
+    if hashed:
+        table = there(torch.rand(90, experts).argsort(1)[:, :k].to(torch.int32))
+        tokens = there(torch.randint(0, 90, (130,)))
+
+    def run(first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ways = {"tid2eid": table, "token_ids": tokens[first:last]} if hashed else {"bias": bias}
+        ids, weights = gate.moe_gate(x[first:last], weight, k=k, route_scale=1.5, **ways)
+        return ids, weights
+
+    bias = there(torch.randn(experts) * 0.1)
+    want = run(0, 130)
+    # Launches of several shapes in turn: words that one leaves behind are not the next one's.
+    for count in (1, 16, 17, 5, 32, 33, 64, 65, 2, 64, 1):
+        for first in (0, 130 - count):
+            got = run(first, first + count)
+            for mine, all_rows in zip(got, want, strict=True):
+                assert torch.equal(mine, all_rows[first : first + count]), (count, first)
+
+
+@pytest.mark.parametrize("tokens", [4, 100])
+def test_equal_scores_infinities_and_nan(tokens: int) -> None:
+    weight = torch.zeros(384, 64)
+    weight[:, 0] = torch.randint(-3, 4, (384,)).float()  # many ties
+    x = torch.zeros(tokens, 64)
+    x[:, 0] = torch.tensor([1.0, -1.0, float("nan"), 300.0]).repeat(tokens // 4)
+    x, weight = (v.to(torch.bfloat16) for v in (x, weight))
+    want, _ = gate_reference.moe_gate(x, weight, k=6, route_scale=1.5)
+    ids, w = gate.moe_gate(there(x), there(weight), k=6, route_scale=1.5)
+    assert torch.equal(ids.cpu(), want)
+    assert bool(w[2::4].isnan().all())
+    keep = torch.arange(tokens) % 4 != 2
+    assert bool(torch.isfinite(w.cpu()[keep]).all())
+    torch.testing.assert_close(w.cpu()[keep].sum(1), torch.full((int(keep.sum()),), 1.5))
+
+
+@pytest.mark.parametrize("tokens", [3, 80])
+def test_captured_on_other_rows(tokens: int) -> None:
+    x = there(torch.randn(tokens, 4096).to(torch.bfloat16))
+    weight = there((torch.randn(256, 4096) / 32).to(torch.bfloat16))
+    other = there(torch.randn(tokens, 4096).to(torch.bfloat16))
+    want = [gate.moe_gate(rows, weight, k=6, route_scale=1.5) for rows in (x, other)]
+    graph = torch.cuda.CUDAGraph()
+    rows = x.clone()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        got = gate.moe_gate(rows, weight, k=6, route_scale=1.5)
+    for turn in range(6):
+        rows.copy_((x, other)[turn % 2])
+        graph.replay()
+        for mine, expected in zip(got, want[turn % 2], strict=True):
+            assert torch.equal(mine, expected), turn
+
+
 def test_ties_extremes_and_ids_outside_the_table() -> None:
     # Logits of one feature: all equal, then -200 .. 200.
     weight = torch.cat(
@@ -80,11 +160,15 @@ def test_ties_extremes_and_ids_outside_the_table() -> None:
     low, _ = gate.moe_gate(-x.abs() - 1, weight.abs() + 3, k=4, route_scale=2.0)
     assert low.shape == (2, 4)
     table = there(torch.arange(12).view(3, 4))
-    _, w = gate.moe_gate(
-        x, weight, k=4, route_scale=1.0, tid2eid=table, token_ids=there(torch.tensor([1, 9]))
-    )
-    assert bool(torch.isfinite(w[0]).all())
-    assert bool(w[1].isnan().all())
+    for dtype in DTYPES:
+        for repeat in (1, 50):
+            rows = x.to(dtype).repeat(repeat, 1)
+            tokens = there(torch.tensor([1, 9]).repeat(repeat))
+            _, w = gate.moe_gate(
+                rows, weight.to(dtype), k=4, route_scale=1.0, tid2eid=table, token_ids=tokens
+            )
+            assert bool(torch.isfinite(w[::2]).all())
+            assert bool(w[1::2].isnan().all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -188,7 +188,7 @@ def test_every_tile_gives_experts_the_same_bits() -> None:
         assert torch.equal(out[:, :128], want), tile
 
 
-@pytest.mark.parametrize(("hidden", "inner"), [(512, 256), (96, 160)])
+@pytest.mark.parametrize(("hidden", "inner"), [(512, 256), (96, 160), (1024, 512)])
 def test_packed_experts_have_the_bits_of_the_expanded(hidden: int, inner: int) -> None:
     from kernels.grouped_gemm.device_experts import Fp4Experts, Fp8Experts
     from kernels.quant_gemm import cuda_impl

@@ -69,7 +69,7 @@ def test_prefill_rows_without_keys() -> None:
     assert (got[1][::2] == -torch.inf).all()
 
 
-@pytest.mark.parametrize("heads", [8, 64, 128])
+@pytest.mark.parametrize("heads", [1, 8, 16, 17, 64, 128])
 @pytest.mark.parametrize("topk", [None, 512, 1024, 2048])
 def test_decode(heads: int, topk: int | None) -> None:
     entries = random_entries(12, seqs=3, blocks=40, per_page=64, topk=topk)
@@ -81,21 +81,39 @@ def test_decode(heads: int, topk: int | None) -> None:
 
 @pytest.mark.parametrize("dtype", list(CacheDtype))
 @pytest.mark.parametrize("topk", [None, 64])
-def test_decode_page_formats_holes_and_odd_addresses(dtype: CacheDtype, topk: int | None) -> None:
+@pytest.mark.parametrize("heads", [16, 64])
+def test_decode_page_formats_holes_and_odd_addresses(
+    heads: int, dtype: CacheDtype, topk: int | None
+) -> None:
     entries = random_entries(
         9, seqs=3, blocks=7, per_page=16, topk=topk, dtype=dtype, holes=True, pad=4
     )
-    check(queries(9, 64), random_ring(9, 128, dtype), entries, None)
-    check(queries(9, 64), random_ring(9, 50, CacheDtype.FP8), entries, None)
-    check(queries(9, 64), random_ring(9, 1, CacheDtype.BF16), None, torch.randn(64, device="cuda"))
+    check(queries(9, heads), random_ring(9, 128, dtype), entries, None)
+    check(queries(9, heads), random_ring(9, 50, CacheDtype.FP8), entries, None)
+    check(
+        queries(9, heads),
+        random_ring(9, 1, CacheDtype.BF16),
+        None,
+        torch.randn(heads, device="cuda"),
+    )
 
 
-def test_decode_without_any_key() -> None:
+@pytest.mark.parametrize("heads", [16, 64])
+def test_decode_without_any_key(heads: int) -> None:
     ring = random_ring(5, 128, CacheDtype.FP8)
     ring.slots[1:3] = -1
-    got = check(queries(5, 64), ring, None, torch.randn(64, device="cuda"))
+    got = check(queries(5, heads), ring, None, torch.randn(heads, device="cuda"))
     assert (got[1][1:3] == -torch.inf).all()
-    check(queries(5, 64), None, None, torch.randn(64, device="cuda"))
+    check(queries(5, heads), None, None, torch.randn(heads, device="cuda"))
+
+
+@pytest.mark.parametrize("heads", [16, 64])
+@pytest.mark.parametrize("keys", [79, 80, 81, 159, 160, 161])
+def test_decode_around_the_length_of_a_chunk(keys: int, heads: int) -> None:
+    window, entries = min(keys, 120), None
+    if keys > window:
+        entries = random_entries(3, seqs=3, blocks=3, per_page=64, topk=keys - window, full=True)
+    check(queries(3, heads), random_ring(3, window, CacheDtype.FP8), entries, None)
 
 
 def rows_of(x: Any, rows: slice) -> Any:
@@ -111,11 +129,12 @@ def rows_of(x: Any, rows: slice) -> Any:
 
 @pytest.mark.parametrize("topk", [None, 512])
 @pytest.mark.parametrize("prefill", [False, True])
-def test_a_row_has_the_same_bits_in_any_batch(prefill: bool, topk: int | None) -> None:
+@pytest.mark.parametrize("heads", [16, 64])
+def test_a_row_has_the_same_bits_in_any_batch(heads: int, prefill: bool, topk: int | None) -> None:
     rows = 300
     entries = random_entries(rows, seqs=3, blocks=14, per_page=64, topk=topk)
     window = causal_rows(rows, 128) if prefill else random_ring(rows, 128, CacheDtype.FP8)
-    q, sink = queries(rows, 64), torch.randn(64, device="cuda")
+    q, sink = queries(rows, heads), torch.randn(heads, device="cuda")
     o, lse = cuda_impl.sparse_attention(q, window, entries, sink=sink, scale=SCALE)
     for part in (slice(0, 1), slice(7, 8), slice(130, 299)):
         alone = cuda_impl.sparse_attention(
@@ -125,13 +144,14 @@ def test_a_row_has_the_same_bits_in_any_batch(prefill: bool, topk: int | None) -
         assert torch.equal(alone[1], lse[part])
 
 
-def test_decode_bits_do_not_depend_on_the_table_width() -> None:
+@pytest.mark.parametrize("heads", [16, 64])
+def test_decode_bits_do_not_depend_on_the_table_width(heads: int) -> None:
     """Chunks that a wide table has room for, and a row has no keys for, change nothing."""
     narrow = random_entries(6, seqs=3, blocks=8, per_page=64, topk=None)
     table = torch.full((3, 50), -1, dtype=torch.int32, device="cuda")
     table[:, :8] = narrow.block_table
     wide = dataclasses.replace(narrow, block_table=table)
-    q, ring = queries(6, 64), random_ring(6, 128, CacheDtype.FP8)
+    q, ring = queries(6, heads), random_ring(6, 128, CacheDtype.FP8)
     a = cuda_impl.sparse_attention(q, ring, narrow, sink=None, scale=SCALE)
     b = cuda_impl.sparse_attention(q, ring, wide, sink=None, scale=SCALE)
     assert torch.equal(a[0], b[0])
@@ -141,6 +161,7 @@ def test_decode_bits_do_not_depend_on_the_table_width() -> None:
 def test_strided_queries_and_no_rows() -> None:
     wide = queries(20, 70)
     check(wide[::2, 3:67], random_ring(10, 128, CacheDtype.FP8), None, None)
+    check(wide[::2, 3:19], random_ring(10, 128, CacheDtype.FP8), None, None)
     check(wide[::2, 3:67], causal_rows(10, 5), None, None)
     check(queries(0, 64), causal_rows(0, 5), None, None)
 

@@ -90,15 +90,18 @@ cudaError_t run(const causeway::hc::Arguments& args, bool few, cudaStream_t stre
 }  // namespace
 
 // mode: 0 hc_pre, 1 hc_head, 2 hc_post_pre. comb: null for hc_head. few: a cluster for eight tokens, then
-// with norm_weight also the RMSNorm and the FP8 form (out is the normed row). Returns a CUDA error code.
+// with norm_weight also the RMSNorm and the FP8 form (out is the normed row), and `a` may be float32.
+// Returns a CUDA error code.
 extern "C" int causeway_hc(int mode, int few, const void* x, int64_t x_token, int64_t x_stream,
-                           const void* a, int64_t a_token, const void* post_in, const void* comb_in,
-                           const void* fn, const void* scale, const void* base, const void* norm_weight,
-                           int norm_is_float, void* streams, void* out, void* post, void* comb,
-                           void* codes, int64_t code_row, void* code_scale, int64_t code_scale_row,
-                           void* ring, void* flags, int64_t tokens, int dim, int groups, int iters,
-                           float eps, float norm_eps, float rms_eps, void* stream) {
+                           const void* a, int64_t a_token, int a_is_float, const void* post_in,
+                           const void* comb_in, const void* fn, const void* scale, const void* base,
+                           const void* norm_weight, int norm_is_float, void* streams, void* out,
+                           void* post, void* comb, void* codes, int64_t code_row, void* code_scale,
+                           int64_t code_scale_row, void* ring, void* flags, int64_t tokens, int dim,
+                           int groups, int iters, float eps, float norm_eps, float rms_eps,
+                           void* stream) {
   using namespace causeway::hc;
+  if (a_is_float && !few) return cudaErrorInvalidValue;
   Arguments args;
   args.x = static_cast<const __nv_bfloat16*>(x);
   args.a = static_cast<const __nv_bfloat16*>(a);
@@ -128,6 +131,7 @@ extern "C" int causeway_hc(int mode, int few, const void* x, int64_t x_token, in
   args.iters = iters;
   args.few = 0;
   args.norm_is_float = norm_is_float;
+  args.a_is_float = a_is_float;
   args.eps = eps;
   args.norm_eps = norm_eps;
   args.rms_eps = rms_eps;

@@ -28,9 +28,25 @@ struct FewLayout {
   static int bytes(int dim) { return kRest + dim * (4 + 2 * kStreams); }
 };
 
+// Eight columns of the finished sub-layer's row: bf16, or float32 rounded to it.
+template <bool kWide>
+__device__ __forceinline__ uint4 load_result(const Arguments& args, int64_t token, int column) {
+  const int64_t at = token * args.a_token + column;
+  if constexpr (!kWide) return *reinterpret_cast<const uint4*>(args.a + at);
+  const float4* wide = reinterpret_cast<const float4*>(reinterpret_cast<const float*>(args.a) + at);
+  uint4 narrow;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float4 four = wide[i];
+    (&narrow.x)[2 * i] = pack_bf16(four.x, four.y);
+    (&narrow.x)[2 * i + 1] = pack_bf16(four.z, four.w);
+  }
+  return narrow;
+}
+
 // Sixteen columns of a stream, from `column` and 32 further: as they are, or made by hc_post and then kept
 // in global memory and in the finishing block's rows.
-template <Mode kMode>
+template <Mode kMode, bool kWide>
 __device__ __forceinline__ void load_columns(uint4 (&x)[2], const Arguments& args, int64_t token,
                                              int stream, int column, uint32_t rows, uint32_t bar,
                                              uint32_t finisher) {
@@ -48,7 +64,7 @@ __device__ __forceinline__ void load_columns(uint4 (&x)[2], const Arguments& arg
   uint4 a[2], old[2][kStreams];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    a[half] = *reinterpret_cast<const uint4*>(args.a + token * args.a_token + column + half * 32);
+    a[half] = load_result<kWide>(args, token, column + half * 32);
 #pragma unroll
     for (int j = 0; j < kStreams; ++j) {
       old[half][j] = *reinterpret_cast<const uint4*>(from + j * args.x_stream + half * 32);
@@ -65,8 +81,8 @@ __device__ __forceinline__ void load_columns(uint4 (&x)[2], const Arguments& arg
   }
 }
 
-// kSlabs: slabs of a block; kChunks: of 2048 columns in a row.
-template <Mode kMode, int kSlabs, int kChunks>
+// kSlabs: slabs of a block; kChunks: of 2048 columns in a row; kWide: `a` holds float32.
+template <Mode kMode, int kSlabs, int kChunks, bool kWide>
 __global__ void __launch_bounds__(kFewThreads, 1) few_kernel(const __grid_constant__ Arguments args) {
   using L = FewLayout<kSlabs>;
   constexpr bool kPost = kMode == Mode::kPostPre;
@@ -90,8 +106,8 @@ __global__ void __launch_bounds__(kFewThreads, 1) few_kernel(const __grid_consta
 
   asm volatile("griddepcontrol.launch_dependents;");
   // The second slab's columns come to L2 while the first is mixed.
-  const auto prefetch = [&](const __nv_bfloat16* row) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(row + (rank * kSlabs + 1) * kSlab + warp % 4 * 64));
+  const auto prefetch = [&](const auto* row, int column) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(row + (rank * kSlabs + 1) * kSlab + column));
   };
   // What no kernel ahead writes: weights, and what goes with the mixes.
   const uint32_t norm_bytes =
@@ -129,8 +145,15 @@ __global__ void __launch_bounds__(kFewThreads, 1) few_kernel(const __grid_consta
   const Affine affine = load_affine<kMode>(args, record);
   asm volatile("griddepcontrol.wait;" ::: "memory");
   if (second && lane < live) {
-    prefetch(args.x + (first + lane) * args.x_token + warp / 4 * args.x_stream);
-    if (kPost && warp < 4) prefetch(args.a + (first + lane) * args.a_token);
+    prefetch(args.x + (first + lane) * args.x_token + warp / 4 * args.x_stream, warp % 4 * 64);
+    if constexpr (kPost) {  // a line holds 64 columns, or 32
+      const int64_t row = (first + lane) * args.a_token;
+      if constexpr (kWide) {
+        if (warp < 8) prefetch(reinterpret_cast<const float*>(args.a) + row, warp * 32);
+      } else if (warp < 4) {
+        prefetch(args.a + row, warp * 64);
+      }
+    }
   }
   if (!kPost && thread == 0 && finishes) {
 #pragma unroll
@@ -150,7 +173,7 @@ __global__ void __launch_bounds__(kFewThreads, 1) few_kernel(const __grid_consta
     for (int half = 0; half < 2; ++half) {
       const int other = half * 8 + lane / 4;  // whose columns this lane feeds to the products
       if (other < live) {
-        load_columns<kMode>(x[half], args, first + other, stream, slab * kSlab + column,
+        load_columns<kMode, kWide>(x[half], args, first + other, stream, slab * kSlab + column,
                             smem_address(rows), sum_bar, kCluster - 1 - other);
       }
     }
@@ -267,9 +290,9 @@ __global__ void __launch_bounds__(kFewThreads, 1) few_kernel(const __grid_consta
   }
 }
 
-template <Mode kMode, int kSlabs, int kChunks>
+template <Mode kMode, int kSlabs, int kChunks, bool kWide>
 cudaError_t launch_few(const Arguments& args, cudaStream_t stream) {
-  const auto kernel = few_kernel<kMode, kSlabs, kChunks>;
+  const auto kernel = few_kernel<kMode, kSlabs, kChunks, kWide>;
   const int bytes = FewLayout<kSlabs>::bytes(args.dim);
   cudaError_t code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (code == cudaSuccess) {
@@ -293,11 +316,19 @@ cudaError_t launch_few(const Arguments& args, cudaStream_t stream) {
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 
+template <Mode kMode, bool kWide>
+cudaError_t start_wide(const Arguments& args, cudaStream_t stream) {
+  return args.slabs <= kCluster ? launch_few<kMode, 1, 2, kWide>(args, stream)
+                                : launch_few<kMode, 2, 4, kWide>(args, stream);
+}
+
 template <Mode kMode>
 cudaError_t start_few(Arguments args, cudaStream_t stream) {
   args.few = args.tokens <= 8 * kClusters ? 8 : kFewTile;
-  return args.slabs <= kCluster ? launch_few<kMode, 1, 2>(args, stream)
-                                : launch_few<kMode, 2, 4>(args, stream);
+  if constexpr (kMode == Mode::kPostPre) {
+    if (args.a_is_float) return start_wide<kMode, true>(args, stream);
+  }
+  return start_wide<kMode, false>(args, stream);
 }
 
 }  // namespace hc

@@ -17,7 +17,7 @@ enum class Mode { kPre, kHead, kPostPre };
 
 struct Arguments {
   const __nv_bfloat16* x;
-  const __nv_bfloat16* a;
+  const __nv_bfloat16* a;  // see a_is_float
   const float* post_in;
   const float* comb_in;
   const float* fn;
@@ -34,6 +34,7 @@ struct Arguments {
   uint8_t* code_scale;
   int64_t x_token, x_stream, a_token, code_row, code_scale_row, tokens;
   int dim, slabs, groups, iters, norm_is_float, few;
+  int a_is_float;  // few tokens: `a` holds float32, rounded as it is read
   float eps, norm_eps, rms_eps;
 };
 

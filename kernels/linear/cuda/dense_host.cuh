@@ -34,14 +34,13 @@ inline int encode_bf16(CUtensorMap& map, const void* data, int rank, const cuuin
   return result == CUDA_SUCCESS ? 0 : kMapError + static_cast<int>(result);
 }
 
-// a: bf16 [groups, rows, k] with a_group and a_stride bytes between groups and rows; b: bf16
-// [groups * n, k] with b_stride bytes between rows; strides and addresses are multiples of 16.
-// Returns 0, a cudaError_t, or 10000 + a CUresult.
-inline int start_product(const DenseTile& tile, const void* a, int64_t a_stride, int64_t a_group,
-                         const void* b, int64_t b_stride, int64_t k, DenseArguments args,
-                         int multiprocessors, void* stream) {
-  CUtensorMap a_map, b_map;
-  args.box_rows = std::min(args.rows, tile.rows);  // zeros beyond the last row would come slowly
+// Maps of both operands, and the rows that one copy brings. a: bf16 [groups, rows, k] with a_group and
+// a_stride bytes between groups and rows; b: bf16 [groups * n, k] with b_stride bytes between rows;
+// strides and addresses are multiples of 16. Returns 0 or 10000 + a CUresult.
+inline int encode_operands(CUtensorMap& a_map, CUtensorMap& b_map, DenseArguments& args, int tile_rows,
+                           int tile_columns, const void* a, int64_t a_stride, int64_t a_group,
+                           const void* b, int64_t b_stride, int64_t k) {
+  args.box_rows = std::min(args.rows, tile_rows);  // zeros beyond the last row would come slowly
   const cuuint64_t width = static_cast<cuuint64_t>(k);
   const cuuint64_t a_sizes[3] = {width, static_cast<cuuint64_t>(args.rows),
                                  static_cast<cuuint64_t>(args.groups)};
@@ -52,9 +51,18 @@ inline int start_product(const DenseTile& tile, const void* a, int64_t a_stride,
   if (a_error != 0) return a_error;
   const cuuint64_t b_sizes[2] = {width, static_cast<cuuint64_t>(args.n) * args.groups};
   const cuuint64_t b_strides[1] = {static_cast<cuuint64_t>(b_stride)};
-  const cuuint32_t b_box[2] = {64, static_cast<cuuint32_t>(tile.columns)};
-  const int b_error = encode_bf16(b_map, b, 2, b_sizes, b_strides, b_box);
-  if (b_error != 0) return b_error;
+  const cuuint32_t b_box[2] = {64, static_cast<cuuint32_t>(tile_columns)};
+  return encode_bf16(b_map, b, 2, b_sizes, b_strides, b_box);
+}
+
+// Starts a product of the operands of `encode_operands`. Returns 0, a cudaError_t, or 10000 + a CUresult.
+inline int start_product(const DenseTile& tile, const void* a, int64_t a_stride, int64_t a_group,
+                         const void* b, int64_t b_stride, int64_t k, DenseArguments args,
+                         int multiprocessors, void* stream) {
+  CUtensorMap a_map, b_map;
+  const int error = encode_operands(a_map, b_map, args, tile.rows, tile.columns, a, a_stride, a_group, b,
+                                    b_stride, k);
+  if (error != 0) return error;
   return tile.launch(a_map, b_map, args, multiprocessors, static_cast<cudaStream_t>(stream));
 }
 

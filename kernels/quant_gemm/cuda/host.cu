@@ -8,6 +8,7 @@
 
 #include "gemm.h"
 #include "gemm_shapes.h"
+#include "packed_shapes.h"
 
 namespace causeway {
 
@@ -15,6 +16,9 @@ namespace causeway {
 SHAPES_SMALL(DECLARE)
 SHAPES_LARGE(DECLARE)
 SHAPES_WIDE(DECLARE)
+
+#define DECLARE_PACKED(index, ...) CAUSEWAY_PACKED_SIGNATURE(index);
+SHAPES_PACKED(DECLARE_PACKED)
 
 }  // namespace causeway
 
@@ -34,6 +38,14 @@ struct TileShape {
   {rows, gated ? 128 : 256, rows < 64 ? rows : 64, 128, CAUSEWAY_SHAPE_NAME(index)},
 const TileShape kTiles[] = {SHAPES_SMALL(ENTRY) SHAPES_LARGE(ENTRY) SHAPES_WIDE(WIDE_ENTRY)};
 
+struct PackedTile {
+  int rows, columns, blocks;  // of a stage
+  PackedLauncher launch;
+};
+
+#define PACKED_ENTRY(index, rows, halves, blocks, stages) {rows, 64 * halves, blocks, packed_shape_##index},
+const PackedTile kPackedTiles[] = {SHAPES_PACKED(PACKED_ENTRY)};
+
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
 Encode find_encode() {
@@ -50,13 +62,14 @@ constexpr int kBlock = 128;
 constexpr int kMapError = 10000;  // + the driver's CUresult
 
 int encode(CUtensorMap& map, CUtensorMapDataType type, const void* data, int rank, const cuuint64_t* sizes,
-           const cuuint64_t* strides, const cuuint32_t* box) {
+           const cuuint64_t* strides, const cuuint32_t* box,
+           CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B) {
   static const Encode function = find_encode();
   if (function == nullptr) return kMapError;
   const cuuint32_t steps[3] = {1, 1, 1};
   const CUresult result = function(
       &map, type, rank, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? 0 : kMapError + static_cast<int>(result);
 }
 
@@ -109,4 +122,35 @@ extern "C" int causeway_gemm(int tile, const void* a, int64_t a_stride, const vo
     grid = static_cast<int>(std::min<int64_t>(grid, tiles));
   }
   return shape.launch(maps, *args, *gate, grid, static_cast<cudaStream_t>(stream));
+}
+
+// a: e4m3 [rows, k] with a_stride bytes between rows; packed: FP4 [groups, b_rows, k / 2] in the order of e2m1.cuh;
+// sub: E8M0 [groups, b_rows, k / 32]; both contiguous; k is a multiple of 512; addresses and a_stride are of 16.
+// Returns 0, a cudaError_t, or 10000 + a CUresult.
+extern "C" int causeway_gemm_packed(int tile, const void* a, int64_t a_stride, const void* packed, const void* sub,
+                                    int64_t b_rows, int64_t k, const GemmArguments* args, int multiprocessors,
+                                    void* stream) {
+  const PackedTile& shape = kPackedTiles[tile];
+  PackedMaps maps = {};
+  const cuuint64_t a_sizes[2] = {static_cast<cuuint64_t>(k), static_cast<cuuint64_t>(args->rows)};
+  const cuuint64_t a_strides[1] = {static_cast<cuuint64_t>(a_stride)};
+  const cuuint32_t a_box[2] = {kBlock, static_cast<cuuint32_t>(shape.rows)};
+  const int a_error = encode(maps.rows, CU_TENSOR_MAP_DATA_TYPE_UINT8, a, 2, a_sizes, a_strides, a_box);
+  if (a_error != 0) return a_error;
+  // Both of a weight's tensors: bytes of a row, and of a row that one copy brings.
+  auto encode_weight = [&](CUtensorMap& map, const void* data, int64_t bytes, uint32_t box_bytes,
+                           CUtensorMapSwizzle swizzle) {
+    const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(bytes), static_cast<cuuint64_t>(b_rows),
+                                 static_cast<cuuint64_t>(args->groups)};
+    const cuuint64_t strides[2] = {static_cast<cuuint64_t>(bytes), static_cast<cuuint64_t>(bytes * b_rows)};
+    const cuuint32_t box[3] = {box_bytes, static_cast<cuuint32_t>(shape.columns), 1};
+    return encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, data, 3, sizes, strides, box, swizzle);
+  };
+  const int packed_error =
+      encode_weight(maps.packed, packed, k / 2, shape.blocks * kBlock / 2,
+                    shape.blocks == 2 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);
+  if (packed_error != 0) return packed_error;
+  const int sub_error = encode_weight(maps.sub, sub, k / 32, 16, CU_TENSOR_MAP_SWIZZLE_NONE);
+  if (sub_error != 0) return sub_error;
+  return shape.launch(maps, *args, multiprocessors, static_cast<cudaStream_t>(stream));
 }

@@ -1,12 +1,14 @@
 // sparse_attention over paged keys (decode). Contract: kernels/sparse_attention/api.py.
 //
-// The keys of a query (window slots, then entries) are cut into chunks of 160 at fixed places. Persistent blocks
-// take one (row, 64 heads, chunk) after the other: warpgroup w reads 80 keys, a row of bytes per warp access,
-// decodes them to bfloat16 in shared memory in two parts, multiplies the queries with one part while it decodes
-// the next, and owns half w of the output columns for all 160 keys. A row of one chunk is finished at once; the
-// chunks of a longer row leave their sums (bfloat16) and maxima to a second kernel. Which of the two happens
-// depends on the row alone.
+// The keys of a query (window slots, then entries) are cut into chunks of 160 (80 for at most 16 heads, whose kernel
+// is in decode_narrow.cuh) at fixed places. Persistent blocks take one (row, 64 heads, chunk) after the other:
+// warpgroup w copies 80 keys to shared memory, a row of bytes per warp access, decodes them to bfloat16 there as they
+// arrive, in two parts, multiplies the queries with one part while it decodes the next, and owns half w of the output
+// columns for all 160 keys. The next chunk's copies start before the last results are stored. A row of one chunk
+// is finished at once; the chunks of a longer row leave their sums (bfloat16) and maxima to a second kernel. Which of
+// the two happens depends on the row alone.
 #include "decode_merge.cuh"
+#include "decode_narrow.cuh"
 #include "decode_plan.cuh"
 #include "decode_read.cuh"
 #include "hopper.cuh"
@@ -125,6 +127,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   uint32_t other = smem_address(s.keys) + (1 - group) * kTileBytes;
   bool lists = lane < kWarpKeys;
   int own_row = warp_row(warp, lists ? lane : 0), at_in_chunk = group * kTileKeys + own_row;
+  auto row_of = [&](int k) { return warp_row(warp, k); };
   if (threadIdx.x == 0) {
     mbar_init(smem_address(&s.queries), 1);
     mbar_fence_init();
@@ -133,33 +136,37 @@ __global__ void __launch_bounds__(kThreads, 1)
   cudaGridDependencySynchronize();  // launched early: the inputs are there from here on
   cudaTriggerProgrammaticLaunchCompletion();
 
-  Walk walk;
+  Walk<kChunk> walk;
   Item it;
   int number = blockIdx.x;
   // The next item that exists, and the key that this thread lists of it.
   auto find = [&](Item& item, int64_t& key) {
     for (;; number += gridDim.x) {
-      if (!walk.find(a, number, item)) return false;
-      key = lists ? listed_key(a, item.row, item.chunk * kChunk + at_in_chunk) : -1;
+      if (!walk.find(a, number, lists ? at_in_chunk : -1, item, key)) return false;
       if (item.chunk < item.chunks) return true;
     }
   };
-  int64_t key;
-  bool more = find(it, key);
+  WarpEntries<kWarpKeys> entries;
   Place place = {-1, 0};
-  if (more && lists) place = locate_key(a, it, it.chunk * kChunk + at_in_chunk, key);
-  while (more) {
-    int at = it.chunk * kChunk + at_in_chunk;
+  // Sends for an item's queries and keys; shared memory is free.
+  auto start = [&] {
     if (threadIdx.x == 0) copy_queries(s, &query_map, it);
     if (lists) s.page[group][own_row] = place.page;
+    if constexpr (!kPlain) entries.load(a, place, it.chunk * kChunk + at_in_chunk, own, row_of);
+  };
+  int64_t key;
+  bool more = find(it, key);
+  if (more) {
+    if (lists) place = locate_key(a, it, it.chunk * kChunk + at_in_chunk, key);
+    start();
+  }
+  while (more) {
     uint64_t q_desc = desc_k_major(q), keys = desc_k_major(own);
     float z[40];
-    WarpEntries entries;
     if constexpr (kPlain) {
-      read_entries(a, place, at, own);
+      read_entries<kWarpKeys>(a, place, it.chunk * kChunk + at_in_chunk, own, row_of);
     } else {
-      entries.load(a, place, at);
-      entries.decode(own, 0);
+      entries.template decode<0>(own, row_of);
     }
     Item next = it;
     number += gridDim.x;
@@ -170,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     fence_regs(z);
     multiply_queries<0>(z, q_desc, keys);
     if constexpr (!kPlain) {
-      entries.decode(own, kWarpKeys / 2);
+      entries.template decode<kPartEntries>(own, row_of);
       fence_async_proxy();
       named_barrier(1 + group, 128);
     }
@@ -196,6 +203,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     multiply_other(left, p_desc, values);
     multiply_other(right, p_desc, desc_advance(values, 2 * kKeySubtile));
     more = find(next, key);  // while the products run
+    place = {-1, 0};
     if (more && lists) {
       int next_at = next.chunk * kChunk + at_in_chunk;
       place = locate_key(a, next, next_at, key);
@@ -226,10 +234,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < 2; ++i) store_output(left, factor[i], i, to[i]);
     wgmma_wait<0>();
     fence_regs(right);
+    if (more) {
+      __syncthreads();  // nobody reads shared memory of this item any more
+      it = next;
+      start();
+    }
 #pragma unroll
     for (int i = 0; i < 2; ++i) store_output(right, factor[i], i, to[i] ? to[i] + 128 : nullptr);
-    if (more) __syncthreads();  // nobody reads shared memory of this item any more
-    it = next;
   }
 }
 
@@ -273,33 +284,49 @@ extern "C" int causeway_attend_decode(const void* q, int64_t q_row, int64_t q_he
                   chunks,
                   capacity,
                   0};
-  int64_t items = (int64_t)rows * a.tiles * chunks;
-  a.ragged = pool != nullptr && index == nullptr && items > processors;
-  CUtensorMap query_map;
-  int code = map_queries(query_map, q, q_row, q_head, rows, heads);
-  if (code != 0) return code;
+  bool narrow = heads <= kFewHeads;
+  int64_t items = (int64_t)rows * a.tiles * chunks, blocks = narrow ? 2 * processors : processors;
+  if (items < blocks) blocks = items;
+  a.ragged = pool != nullptr && index == nullptr && items > blocks;
   auto is_plain = [](const Pages& p) {
     return p.format != kFp8 || ((uintptr_t)p.pool | (uintptr_t)p.stride) % 16 != 0;
   };
   bool plain = (window > 0 && is_plain(a.ring)) || (pool != nullptr && is_plain(a.entries.pages));
-  auto kernel = plain ? decode_kernel<true> : decode_kernel<false>;
-  int bytes = sizeof(DecodeSmem);
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return (int)error;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((unsigned)(items < processors ? items : processors));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = bytes;
+  config.gridDim = dim3((unsigned)blocks);
   config.stream = stream;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = attributes;
   config.numAttrs = 1;
-  error = cudaLaunchKernelEx(&config, kernel, a, query_map);
+  auto launch = [&](auto kernel, int threads, int bytes, auto... arguments) {
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess) return error;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = bytes;
+    return cudaLaunchKernelEx(&config, kernel, arguments...);
+  };
+  cudaError_t error;
+  if (narrow) {
+    if (kMergeInCluster && !plain && items == blocks && chunks > 1 && chunks <= kClusterChunks) {
+      attributes[1].id = cudaLaunchAttributeClusterDimension;
+      attributes[1].val.clusterDim = {(unsigned)chunks, 1, 1};
+      config.numAttrs = 2;
+      return (int)launch(decode_narrow_kernel<false, true>, kNarrowThreads, sizeof(NarrowSmem), a);
+    }
+    auto kernel = plain ? decode_narrow_kernel<true, false> : decode_narrow_kernel<false, false>;
+    error = launch(kernel, kNarrowThreads, sizeof(NarrowSmem), a);
+  } else {
+    CUtensorMap query_map;
+    int code = map_queries(query_map, q, q_row, q_head, rows, heads);
+    if (code != 0) return code;
+    error = launch(plain ? decode_kernel<true> : decode_kernel<false>, kThreads, sizeof(DecodeSmem), a, query_map);
+  }
   if (error != cudaSuccess || chunks == 1) return (int)error;
   config.gridDim = dim3((unsigned)(rows * heads));
   config.blockDim = dim3(64);
   config.dynamicSmemBytes = chunks * sizeof(float2);
-  return (int)cudaLaunchKernelEx(&config, merge_chunks_kernel, a);
+  auto merge = narrow ? merge_chunks_kernel<kNarrowKeys> : merge_chunks_kernel<kChunk>;
+  return (int)cudaLaunchKernelEx(&config, merge, a);
 }

@@ -8,6 +8,10 @@ namespace causeway {
 constexpr int kHeadTile = 64;
 constexpr int kTileKeys = 80;
 constexpr int kChunk = 2 * kTileKeys;
+constexpr int kFewHeads = 16;            // so many have a kernel of their own, with smaller chunks
+constexpr int kNarrowKeys = kTileKeys;   // of its chunks
+constexpr bool kMergeInCluster = false;  // the chunks of a short row merge through distributed shared memory
+constexpr int kClusterChunks = 8;        // at most
 
 struct DecodeArgs {
   const __nv_bfloat16* q;
@@ -29,59 +33,82 @@ struct DecodeArgs {
   int ragged;  // many chunks may not exist: items are counted, not computed
 };
 
-// One chunk of a (row, 64 heads). Items are numbered row by row, tile by tile, chunk by chunk.
+// One chunk of a (row, 64 heads or fewer). Items are numbered row by row, tile by tile, chunk by chunk.
 struct Item {
   int row, seq, tile, chunk, chunks, limit;
 };
 
-__device__ __forceinline__ int seen_entries(const DecodeArgs& a, int64_t row, int64_t& seq) {
-  seq = -1;
-  if (a.entries.pages.pool == nullptr) return 0;
-  seq = a.entries.row_seq[row];
-  int64_t count = a.entries.num_entries[row];  // both loads under way at once
-  return seq < 0 ? 0 : (int)min(max(count, (int64_t)0), (int64_t)a.capacity);
-}
+// What the tables say of a row. The reads are issued where they are written, and waited for where they are used.
+struct RowFacts {
+  int64_t seq, count;
+
+  __device__ __forceinline__ RowFacts(const DecodeArgs& a, int64_t row) : seq(-1), count(0) {
+    if (a.entries.pages.pool == nullptr) return;
+    asm volatile("ld.global.b64 %0, [%1];" : "=l"(seq) : "l"(a.entries.row_seq + row));
+    asm volatile("ld.global.b64 %0, [%1];" : "=l"(count) : "l"(a.entries.num_entries + row));
+  }
+  // Entries that the row sees.
+  __device__ __forceinline__ int limit(const DecodeArgs& a) const {
+    return seq < 0 ? 0 : (int)min(max(count, (int64_t)0), (int64_t)a.capacity);
+  }
+};
 __device__ __forceinline__ int visible_keys(const DecodeArgs& a, int limit) {
   return a.window + (limit == 0 ? 0 : a.entries.index ? a.entries.index_count : limit);
 }
 // A row without keys has one chunk too: it writes the result.
+template <int kKeys>
 __device__ __forceinline__ int count_chunks(const DecodeArgs& a, int limit) {
-  return max(1, (visible_keys(a, limit) + kChunk - 1) / kChunk);
+  return max(1, (visible_keys(a, limit) + kKeys - 1) / kKeys);
+}
+
+// What the slot list or the index holds for position `at` of a row's keys; -1: nothing.
+__device__ __forceinline__ int64_t listed_key(const DecodeArgs& a, int64_t row, int at) {
+  if (at < a.window) return __ldg(a.slots + row * a.slots_row + at);
+  at -= a.window;
+  if (a.entries.index == nullptr) return at;
+  return at < a.entries.index_count ? __ldg(a.entries.index + row * a.entries.index_row + at) : -1;
 }
 
 // Finds items in ascending order. Every warp searches for itself: no barrier, no shared memory.
+template <int kKeys>
 struct Walk {
   int row0 = 0, before = 0;  // rows that are behind, and their items
 
-  __device__ __forceinline__ bool find(const DecodeArgs& a, int number, Item& it) {
-    int row, at;
+  // Item `number`, and what is listed for key `at` of its chunk (-1: no key).
+  __device__ __forceinline__ bool find(const DecodeArgs& a, int number, int at, Item& it, int64_t& key) {
+    int row, first;
     if (!a.ragged) {
-      int pair = number / a.chunks;
-      row = pair / a.tiles, at = row * a.tiles * a.chunks;
+      row = number / (a.chunks * a.tiles), first = row * a.tiles * a.chunks;
       if (row >= a.rows) return false;
-    } else if (!search(a, number, row, at)) {
+    } else if (!search(a, number, row, first)) {
       return false;
     }
     it.row = row;
-    int64_t seq;
-    it.limit = seen_entries(a, row, seq);
-    it.seq = (int)seq;
-    it.chunks = count_chunks(a, it.limit);
-    int stride = a.ragged ? it.chunks : a.chunks;
-    it.tile = (number - at) / stride;
-    it.chunk = number - at - it.tile * stride;
+    RowFacts facts(a, row);  // under way together with the list
+    if (!a.ragged) list(a, number - first, a.chunks, at, it, key);
+    it.limit = facts.limit(a);
+    it.seq = (int)facts.seq;
+    it.chunks = count_chunks<kKeys>(a, it.limit);
+    if (a.ragged) list(a, number - first, it.chunks, at, it, key);
     return true;
   }
 
  private:
+  static __device__ __forceinline__ void list(const DecodeArgs& a, int number, int chunks, int at, Item& it,
+                                              int64_t& key) {
+    it.tile = number / chunks;
+    it.chunk = number - it.tile * chunks;
+    key = at >= 0 ? listed_key(a, it.row, it.chunk * kKeys + at) : -1;
+  }
   __device__ bool search(const DecodeArgs& a, int number, int& row, int& at) {
     int lane = threadIdx.x & 31;
     for (; row0 < a.rows; row0 += 128) {
-      int count[4], sum = 0;
+      int mine = row0 + 4 * lane, last = a.rows - 1, count[4], sum = 0;
+      const RowFacts facts[4] = {{a, min(mine, last)}, {a, min(mine + 1, last)}, {a, min(mine + 2, last)},
+                                 {a, min(mine + 3, last)}};  // all under way at once
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        int64_t r = row0 + 4 * lane + k, seq;
-        count[k] = r < a.rows ? count_chunks(a, seen_entries(a, r, seq)) * a.tiles : 0;
+        count[k] = mine + k < a.rows ? count_chunks<kKeys>(a, facts[k].limit(a)) * a.tiles : 0;
         sum += count[k];
       }
       int end = sum;
@@ -112,14 +139,6 @@ struct Walk {
 struct Place {
   int page, offset;
 };
-
-// What the slot list or the index holds for position `at` of a row's keys; -1: nothing.
-__device__ __forceinline__ int64_t listed_key(const DecodeArgs& a, int64_t row, int at) {
-  if (at < a.window) return __ldg(a.slots + row * a.slots_row + at);
-  at -= a.window;
-  if (a.entries.index == nullptr) return at;
-  return at < a.entries.index_count ? __ldg(a.entries.index + row * a.entries.index_row + at) : -1;
-}
 
 __device__ __forceinline__ Place locate_key(const DecodeArgs& a, const Item& it, int at, int64_t key) {
   Place place = {-1, 0};
