@@ -117,6 +117,7 @@ if TYPE_CHECKING:  # the same exports, for type checkers and editors
         WindowRows as WindowRows,
         sparse_attention as sparse_attention,
     )
+    from kernels.side_stream import beside as beside
     from kernels.swiglu.api import swiglu as swiglu
     from kernels.topk.api import topk_merge as topk_merge, topk_select as topk_select
     from kernels.weight import BlockWeight as BlockWeight
@@ -132,6 +133,7 @@ _EXPORTS: dict[str, str] = {
     "EntryKind": "kernels.page_layout",
     "PageLayout": "kernels.page_layout",
     "BlockWeight": "kernels.weight",
+    "beside": "kernels.side_stream",
     "act_quant": "kernels.quant.api",
     "block_amax": "kernels.quant.api",
     "dequant_fp4": "kernels.quant.api",

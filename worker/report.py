@@ -12,7 +12,8 @@ from kernels.platform import PlatformError, capability, resolve_device
 from model.cache_spec import CacheSpec
 from model.checkpoint.source import load_config, open_source
 from model.deepseek_v4.config import DeepSeekV4Config
-from model.deepseek_v4.weights import check_mesh, held_bytes, plan_bytes, weight_plan
+from model.deepseek_v4.held_bytes import held_bytes
+from model.deepseek_v4.weights import check_mesh, plan_bytes, weight_plan
 from model.parallel.config import MeshCoord
 from worker.cache_size import CacheSize, size_cache
 from worker.config import WorkerConfig
@@ -119,8 +120,12 @@ def memory_report(
         for rank in range(parallel.world)
     )
     # A budget is that of a GPU, whose kernels read other forms than the checkpoint's.
+    splits_shared = numerics is Numerics.RELEASE and parallel.moe_combine == "fast"
+    shares = parallel.world if splits_shared else 1
     weights = [
-        plan_bytes(plan) if budget is None else held_bytes(plan, keep_fp4=config.model.keep_fp4)
+        plan_bytes(plan)
+        if budget is None
+        else held_bytes(plan, keep_fp4=config.model.keep_fp4, shares=shares)
         for plan in plans
     ]
     room = config.kv_cache.cpu_bytes if budget is None else budget - max(weights)

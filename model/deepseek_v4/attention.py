@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels import (
     WindowRing,
     WindowRows,
+    beside,
     kv_insert,
     load_entries,
     merge_lse,
@@ -108,9 +109,13 @@ class Attention:
 
     def decode(self, x: Activations, batch: DecodeBatch, cache: LayerCache) -> Tensor:
         """x: attn-normed rows of all requests [T, D] -> [T, D], the same on every rank."""
+        inserted = None
+        if (layer := self.entries) is not None:
+            # The compressors need no query: their chain runs beside that of the queries.
+            inserted = beside(batch.positions.device, lambda: layer.insert(x, batch, cache))
         qr, kv = self._latents(x)
         q = self._heads(qr, self.decode_wq_b)
-        index_q = self.entries.index_heads(qr) if self.entries else None
+        index_q = layer.index_heads(qr) if layer else None
         q, _, index_q = qkv_norm_rope(
             q,
             kv,
@@ -125,7 +130,9 @@ class Attention:
             index_q=index_q,
         )
         window = WindowRing(pool=cache.window, layout=cache.window_layout, slots=batch.window_slots)
-        entries = self.entries.decode(x, index_q, batch, cache) if self.entries else None
+        entries = None
+        if layer is not None and inserted is not None:
+            entries = layer.attended(inserted(), index_q, batch, cache)
         scale = self.config.softmax_scale
         if self.sharded and entries is not None:
             o = self._merge_shards(q, window, entries, scale)

@@ -145,13 +145,11 @@ class CompressedEntries:
             num_entries=num_entries,
         )
 
-    def decode(
-        self, x: Activations, index_q: Tensor | None, batch: DecodeBatch, cache: LayerCache
-    ) -> EntryPages:
-        """Keep the rows' state, store the entries they complete; returns what they attend to.
+    def insert(self, x: Activations, batch: DecodeBatch, cache: LayerCache) -> Tensor:
+        """Keep the rows' state and store the entries they complete, in a decode step.
 
-        Args:
-            index_q: finished query heads of the indexer [T, h, di]; None in HCA layers.
+        Returns:
+            the indexer's head weights, wide [T, h]; no columns in HCA layers.
         """
         plan = batch.groups[self.ratio]
         product = self._product(x)
@@ -173,12 +171,27 @@ class CompressedEntries:
             quantize=self.projector.quantize,
             dtype=self.projector.dtype,
         )
+        return product[:, self.width :]
+
+    def attended(
+        self,
+        head_weights: Tensor,
+        index_q: Tensor | None,
+        batch: DecodeBatch,
+        cache: LayerCache,
+    ) -> EntryPages:
+        """What the rows of a decode step attend to, their own entries included.
+
+        Args:
+            head_weights: of ``insert``.
+            index_q: finished query heads of the indexer [T, h, di]; None in HCA layers.
+        """
         chosen = None
         num_entries = batch.num_entries[self.ratio]
         if self.indexer is not None and index_q is not None:
             chosen = self.indexer.select_decode(
                 index_q,
-                product[:, self.width :],
+                head_weights,
                 cache.index,
                 cache.index_layout,
                 batch.block_table,

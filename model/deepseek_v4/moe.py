@@ -9,14 +9,14 @@ from torch import Tensor
 from kernels import (
     PreparedExperts,
     QuantRows,
+    beside,
     expert_ffn,
     expert_ffn_quant,
     moe_gate,
     prepare_experts,
-    prepare_weight,
-    stack_weights,
 )
 from model.deepseek_v4.projection import Activations, Projector
+from model.deepseek_v4.shared_expert import SharedExpert
 
 if TYPE_CHECKING:
     from kernels import BlockWeight, Numerics
@@ -60,11 +60,16 @@ class MoE:
             return [weights.block(f"{ffn}.experts.{e}.{name}.weight") for e in owned]
 
         self.experts = prepare_experts(expert("w1"), expert("w3"), expert("w2"), keep_fp4=keep_fp4)
-        shared = f"{ffn}.shared_experts"
-        self.w1_w3 = stack_weights(
-            [weights.block(f"{shared}.{name}.weight") for name in ("w1", "w3")]
+        # Served, the ranks add up their parts of the shared expert too. The exact numerics round
+        # its result first, as the official code does.
+        self.shares = self.projector.fused and experts.adds_up
+        self.shared = SharedExpert(
+            weights,
+            f"{ffn}.shared_experts",
+            self.projector,
+            self.limit,
+            experts.mesh.world if self.shares else None,
         )
-        self.w2 = prepare_weight(weights.block(f"{shared}.w2.weight"))
         # Routed rows travel and are grouped in FP8 where the experts read FP8.
         reads_fp8 = all(w[0].kind.rounds_activations for w in (self.experts.w1, self.experts.w3))
         self.fp8_rows = self.projector.fused and reads_fp8
@@ -75,11 +80,16 @@ class MoE:
         return type(self.experts) is PreparedExperts
 
     def forward(self, x: Activations, input_ids: Tensor, *, replicated: bool) -> Tensor:
-        """x: ffn-normed rows [T, D]; ids [T] -> [T, D].
+        """x: ffn-normed rows [T, D]; ids [T] -> [T, D], wide where ranks added up their parts.
 
         Args:
             replicated: every rank of the world holds these same rows.
         """
+        parts = replicated and self.shares
+        shared = self.shared.part if parts else self.shared.whole
+        if replicated:
+            # It needs neither the gate's choice nor the routed experts, so it runs beside them.
+            pending = beside(input_ids.device, lambda: shared(x))
         ids, route_weights = moe_gate(
             x.wide(),
             self.gate,
@@ -95,7 +105,8 @@ class MoE:
             route_weights,
             self._run,
             replicated=replicated,
-            shared=lambda start, stop: self._shared(x.slice(start, stop)),
+            parts=parts,
+            shared=lambda start, stop: pending() if replicated else shared(x.slice(start, stop)),
             dtype=self.projector.dtype,
         )
 
@@ -117,7 +128,3 @@ class MoE:
             limit=self.limit,
             quantize=self.projector.quantize,
         )
-
-    def _shared(self, x: Activations) -> Tensor:
-        hidden = self.projector.gated(x, self.w1_w3, self.w2, self.limit)
-        return self.projector.product(hidden, self.w2)

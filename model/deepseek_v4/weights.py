@@ -65,28 +65,6 @@ def plan_bytes(plan: Iterable[WeightSlice]) -> int:
     return sum(slice_bytes(item) for item in plan)
 
 
-def held_bytes(plan: Iterable[WeightSlice], *, keep_fp4: bool) -> int:
-    """Bytes of a plan's weights on a GPU, in the form that its kernels read.
-
-    FP4 becomes FP8 unless the routed experts stay packed (``model.keep_fp4``), ``wo_a`` becomes bf16.
-    Weights that FP8 cannot hold without loss take more; no official checkpoint has one.
-    """
-    items = {item.name: item for item in plan}
-    total = 0
-    for name, item in items.items():
-        weight = items.get(name.removesuffix(".scale") + ".weight", item)
-        kept = keep_fp4 and ".experts." in name
-        size, own = slice_bytes(item), weight is item
-        if weight.spec.dtype == "I8":
-            fp8 = 2 * size if own else size * FP4_BLOCK // FP8_BLOCK**2
-            total += (size if kept else 0) + (fp8 if not (kept and own) else 0)
-        elif weight.name.endswith(".wo_a.weight") and weight.spec.dtype == "F8_E4M3":
-            total += 2 * size if own else 0
-        else:
-            total += size
-    return total
-
-
 def inventory(config: DeepSeekV4Config) -> dict[str, TensorSpec]:
     """Every tensor that an official checkpoint of this shape must hold, in model order.
 

@@ -9,14 +9,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kernels import QuantRows, moe_permute, moe_permute_quant, moe_unpermute, widen
+from kernels import (
+    QuantRows,
+    moe_permute,
+    moe_permute_quant,
+    moe_unpermute,
+    wide_dtype,
+    widen,
+)
 from model.parallel.host_read import to_host
 from model.parallel.mesh import ParallelMesh
 from model.parallel.row_bytes import pack_routed, slice_rows, unpack_routed
 
 Rows = Tensor | QuantRows
 RunExperts = Callable[[Rows, Tensor, Tensor], Tensor]
-SharedExpert = Callable[[int, int], Tensor]
+SharedExpert = Callable[[int, int], Tensor | None]
 
 
 class ExpertParallel:
@@ -51,6 +58,11 @@ class ExpertParallel:
         # Never given up: a captured decode step goes on reading the one it saw.
         self._numbers = [torch.arange(0)]
 
+    @property
+    def adds_up(self) -> bool:
+        """Whether replicated rows end in a sum over ranks, to which each may add parts of its own."""
+        return self.mesh.world.size > 1 and not self.ordered
+
     def forward(
         self,
         rows: Rows,
@@ -59,6 +71,7 @@ class ExpertParallel:
         run: RunExperts,
         *,
         replicated: bool,
+        parts: bool = False,
         shared: SharedExpert | None,
         dtype: torch.dtype,
     ) -> Tensor:
@@ -74,21 +87,30 @@ class ExpertParallel:
                 [N]) -> weighted results [N, D]. N may be zero; rows from offsets[-1] on are unused.
             replicated: all ranks of the world hold the same rows. False: rows differ between cp
                 ranks and are the same on the tp ranks of one cp rank.
+            parts: ``shared`` gives this rank's part of a sum over the world (or None), which is added
+                before the ranks' sums are. Only with replicated rows and where ``adds_up``.
             shared: (start, stop) -> the shared expert's result for those rows, of the rows this rank
                 adds up.
             dtype: of the result.
 
         Returns:
-            [T, D] in ``dtype``; added up wide and rounded once.
+            [T, D] in ``dtype``; added up wide and rounded once. With ``parts`` the wide sum itself.
 
         Raises:
-            ValueError: ids or weights of another shape than [T, K].
+            ValueError: ids or weights of another shape than [T, K]; parts where nothing adds them up.
         """
         if ids.shape != weights.shape or ids.dim() != 2 or ids.shape[0] != rows.shape[0]:
             raise ValueError(
                 f"rows {tuple(rows.shape)}, ids {tuple(ids.shape)}, weights"
                 f" {tuple(weights.shape)}, allowed: [T, D], [T, K], [T, K]"
             )
+        if parts:
+            if not (replicated and self.adds_up):
+                raise ValueError("parts of the shared expert need a sum over the world's ranks")
+            results, place = self._run_local(rows, ids, weights, run, None)
+            part = None if shared is None else shared(0, ids.shape[0])
+            partial = moe_unpermute(results, place, part, wide_dtype(dtype))
+            return self.mesh.world.all_reduce(partial)
         if replicated or self.mesh.world.size == 1:
             return self._replicated(rows, ids, weights, run, shared, dtype)
         return self._sharded(rows, ids, weights, run, shared, dtype)
@@ -109,11 +131,11 @@ class ExpertParallel:
         if world.size == 1:
             return moe_unpermute(results, place, extra, dtype)
         # ``ordered``: one rank writes each slot, the others add zeros, which is exact in any dtype.
-        parts = ids.shape[1] if self.ordered else 1
+        slots = ids.shape[1] if self.ordered else 1
         columns = place.view(-1, 1) if self.ordered else place
         partial = world.all_reduce(moe_unpermute(results, columns, None, results.dtype))
         numbers = self._iota(partial.shape[0], partial)
-        return moe_unpermute(partial, numbers.view(total, parts), extra, dtype)
+        return moe_unpermute(partial, numbers.view(total, slots), extra, dtype)
 
     def _sharded(
         self,

@@ -18,9 +18,9 @@ from model.checkpoint.random_source import RandomSource
 from model.checkpoint.source import load_config
 from model.checkpoint.tiny import tiny_shape
 from model.deepseek_v4.config import DeepSeekV4Config
+from model.deepseek_v4.held_bytes import held_bytes
 from model.deepseek_v4.weights import (
     WeightSlice,
-    held_bytes,
     inventory,
     plan_bytes,
     routed_expert,
@@ -166,6 +166,10 @@ def test_bytes_on_a_gpu_are_those_measured() -> None:
     experts = sum(slice_bytes(item) for item in plan if item.spec.dtype == "I8")
     # Packed, an expert takes half of FP8 and a scale byte for every 32 values, 1/16 of the codes.
     assert held - held_bytes(plan, keep_fp4=True) == pytest.approx(experts * 15 / 16, rel=1e-3)
+    # Where four ranks split the shared expert in decode, each holds its gate and up rows once more.
+    again = 43 * 2 * 2048 * 4096 / 4 * (1 + 1 / 128**2)
+    shared = held_bytes(plan, keep_fp4=False, shares=4) - held
+    assert shared == pytest.approx(again, rel=1e-6)
     assert held_bytes([item for item in plan if ".ffn.gate." in item.name], keep_fp4=False) == sum(
         slice_bytes(item) for item in plan if ".ffn.gate." in item.name
     )

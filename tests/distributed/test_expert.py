@@ -96,6 +96,12 @@ def check(mesh: ParallelMesh, load: list[int], case: str, dtype: torch.dtype, sh
                 seen.append(stop - start)
                 return shared_expert(x[start:stop])
 
+            def part_of_shared(start: int, stop: int, x: Tensor = x) -> Tensor | None:
+                whole, world = shared_expert(x[start:stop]).float(), mesh.world
+                if world.rank == 0:  # a rank may have nothing to add
+                    return None
+                return whole / (world.size - 1)
+
             out = parallel.forward(
                 x[mine],
                 ids[mine],
@@ -106,6 +112,20 @@ def check(mesh: ParallelMesh, load: list[int], case: str, dtype: torch.dtype, sh
                 dtype=torch.float32,
             )
             label = (cp.size, mesh.tp.size, load, case, dtype, combine, replicated)
+            if shared and replicated and parallel.adds_up:
+                # Parts of the shared expert that the ranks give add up to the same.
+                parts = parallel.forward(
+                    x,
+                    ids,
+                    weights,
+                    run,  # type: ignore[arg-type]
+                    replicated=True,
+                    parts=True,
+                    shared=part_of_shared,
+                    dtype=dtype,
+                )
+                assert parts.dtype == torch.float32, label
+                torch.testing.assert_close(parts, out, rtol=0.02, atol=0.02, msg=str(label))
             if shared and not replicated and mesh.world.size > 1:  # an even share of the tp ranks
                 assert len(seen) == 1, label
                 assert abs(seen[0] - own_load[cp.rank] / mesh.tp.size) < 1, label

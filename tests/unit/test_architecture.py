@@ -47,6 +47,7 @@ TORCH_CUDA = {
     "kernels/platform.py": "the one place that asks the machine",
     "kernels/testing.py": "timers",
     "kernels/nvcc.py": "builds for the device it finds",
+    "kernels/side_stream.py": "forks and joins the caller's stream",
     "worker/device.py": "sets the rank's device and reads its memory",
     "worker/worker.py": "picks the rank's device",
     "worker/cuda_graph.py": "capture and replay",
