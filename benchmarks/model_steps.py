@@ -91,7 +91,12 @@ class Steps:
 def run_rank(rank: int, args: argparse.Namespace, init_method: str) -> None:
     """One rank's process."""
     config = WorkerConfig(
-        model=ModelSource(shape=args.shape, load_format="random", max_model_len=args.max_len),
+        model=ModelSource(
+            shape=args.shape,
+            load_format="random",
+            max_model_len=args.max_len,
+            keep_fp4=args.keep_fp4,
+        ),
         device=args.device,
         parallel=ParallelConfig(cp=args.cp, tp=args.tp, cp_gather=args.gather),
         kv_cache=KVCacheConfig(num_blocks=args.blocks),
@@ -179,6 +184,7 @@ def main() -> None:
     parser.add_argument("--cp", type=int, default=4)
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--gather", default="compressed", choices=("compressed", "kv_bf16"))
+    parser.add_argument("--keep-fp4", action="store_true", help="leave the experts packed")
     parser.add_argument("--prefill", type=int, nargs="+", default=[8192])
     parser.add_argument("--decode", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--max-len", type=int, default=1 << 17)
