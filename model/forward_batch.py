@@ -104,7 +104,7 @@ class PrefillBatch:
 
     Args:
         input_ids, positions, row_seq: [T]; row_seq is the request's index in the step.
-        replicated: every rank of the world holds the same rows (cp size 1).
+        counts: rows of every cp rank.
         num_entries: visible compressed entries per row, by ratio [T].
         block_table: int32 [S, B], logical blocks (indexer pages).
         main_block_table: int32 [S, B], local main pages, -1 = on another rank.
@@ -113,7 +113,7 @@ class PrefillBatch:
     input_ids: Tensor
     positions: Tensor
     row_seq: Tensor
-    replicated: bool
+    counts: tuple[int, ...]
     num_entries: dict[int, Tensor]
     window: WindowPlan
     groups: dict[int, GroupPlan]

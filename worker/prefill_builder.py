@@ -29,6 +29,7 @@ from model.parallel.partition import (
     local_index,
     local_tokens,
     mtp_segments,
+    num_tokens,
     plan_rows,
     window_wants,
 )
@@ -93,7 +94,7 @@ class PrefillBuilder:
             input_ids=self._tensor(ids),
             positions=positions,
             row_seq=self._tensor(request),
-            replicated=self.coord.cp == 1,
+            counts=tuple(num_tokens(part) for part in segments),
             num_entries={
                 r: torch.div(positions + 1, r, rounding_mode="floor")
                 for r in sorted(set(self.spec.ratios) - {0})

@@ -55,13 +55,13 @@ class Block:
         """The local rows of a prefill step, through the block."""
         into = self.hc_attn(residual)
         after = into.give(self.attn.prefill(into.x, batch, cache))
-        return self._feed_forward(after, batch.input_ids, replicated=batch.replicated)
+        return self._feed_forward(after, batch.input_ids, batch.counts)
 
     def decode(self, residual: Residual, batch: DecodeBatch, cache: LayerCache) -> Residual:
         """All rows of a decode step, through the block."""
         into = self.hc_attn(residual)
         after = into.give(self.attn.decode(into.x, batch, cache))
-        return self._feed_forward(after, batch.input_ids, replicated=True)
+        return self._feed_forward(after, batch.input_ids, None)
 
     def store_window(
         self, streams: Tensor, positions: Tensor, plan: WindowPlan, cache: LayerCache
@@ -70,6 +70,8 @@ class Block:
         into = self.hc_attn(Residual(streams))
         self.attn.store_window(into.x, positions, plan, cache)
 
-    def _feed_forward(self, residual: Residual, input_ids: Tensor, *, replicated: bool) -> Residual:
+    def _feed_forward(
+        self, residual: Residual, input_ids: Tensor, counts: tuple[int, ...] | None
+    ) -> Residual:
         into = self.hc_ffn(residual)
-        return into.give(self.ffn.forward(into.x, input_ids, replicated=replicated))
+        return into.give(self.ffn.forward(into.x, input_ids, counts))

@@ -79,12 +79,13 @@ class MoE:
         """Whether the experts have no stacked form: one after the other, by bounds on the host."""
         return type(self.experts) is PreparedExperts
 
-    def forward(self, x: Activations, input_ids: Tensor, *, replicated: bool) -> Tensor:
+    def forward(self, x: Activations, input_ids: Tensor, counts: tuple[int, ...] | None) -> Tensor:
         """x: ffn-normed rows [T, D]; ids [T] -> [T, D], wide where ranks added up their parts.
 
         Args:
-            replicated: every rank of the world holds these same rows.
+            counts: rows of every cp rank; None or one number: all ranks hold these same rows.
         """
+        replicated = counts is None or len(counts) == 1
         parts = replicated and self.shares
         shared = self.shared.part if parts else self.shared.whole
         if replicated:
@@ -104,7 +105,7 @@ class MoE:
             ids,
             route_weights,
             self._run,
-            replicated=replicated,
+            counts=None if replicated else counts,
             parts=parts,
             shared=lambda start, stop: pending() if replicated else shared(x.slice(start, stop)),
             dtype=self.projector.dtype,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels import (
     QuantRows,
+    beside,
     moe_permute,
     moe_permute_quant,
     moe_unpermute,
@@ -25,6 +26,9 @@ Rows = Tensor | QuantRows
 RunExperts = Callable[[Rows, Tensor, Tensor], Tensor]
 SharedExpert = Callable[[int, int], Tensor | None]
 
+# Rows of everybody that run through the experts at once: bounds the room for their results.
+_GATHERED_ROWS = 16384
+
 
 class ExpertParallel:
     """Routed experts spread over the world: rank r owns ``num_experts / world`` from r times that.
@@ -32,10 +36,12 @@ class ExpertParallel:
     ``combine: ordered`` returns one row per (token, expert); the token's owner adds them in
     ascending expert id, wide, the shared expert last: the same bits on every mesh, provided that
     a row's result does not depend on the rows beside it. ``fast`` returns one partial sum per
-    (token, rank) in the results' dtype.
+    (token, rank) in the results' dtype. Where a rank needs most rows anyway, all ranks get all of
+    them and nothing waits for the host; where few, each row travels to the ranks that it needs.
 
     Attributes:
         first_expert, num_local: the experts this rank owns.
+        gather_from: share of all rows that a rank needs, from which on it gets all (``fast``).
     """
 
     def __init__(
@@ -55,6 +61,8 @@ class ExpertParallel:
         self.mesh, self.ordered = mesh, combine == "ordered"
         self.num_experts, self.num_local = num_experts, num_experts // mesh.world.size
         self.first_expert = mesh.world.rank * self.num_local
+        # Sending everything costs 1/share of the bytes, choosing costs a wait for the host a layer.
+        self.gather_from = 0.5
         # Never given up: a captured decode step goes on reading the one it saw.
         self._numbers = [torch.arange(0)]
 
@@ -70,14 +78,15 @@ class ExpertParallel:
         weights: Tensor,
         run: RunExperts,
         *,
-        replicated: bool,
+        counts: Sequence[int] | None,
         parts: bool = False,
         shared: SharedExpert | None,
         dtype: torch.dtype,
     ) -> Tensor:
         """Send rows to their experts, add up what comes back. Every rank of the world calls this.
 
-        With ``replicated`` rows nothing is read back from the device, so a CUDA graph can hold it.
+        With the same rows on all ranks nothing is read back from the device, so a CUDA graph can hold
+        it.
 
         Args:
             rows: [T, D], as they are or in FP8; T may be zero on some ranks.
@@ -85,10 +94,10 @@ class ExpertParallel:
             weights: f32 [T, K]; f64 for f64 rows.
             run: (rows [N, D] sorted by local expert, offsets int64 [num_local + 1], row weight f32
                 [N]) -> weighted results [N, D]. N may be zero; rows from offsets[-1] on are unused.
-            replicated: all ranks of the world hold the same rows. False: rows differ between cp
-                ranks and are the same on the tp ranks of one cp rank.
+            counts: rows of each cp rank, the same on its tp ranks. None: all ranks of the world hold
+                the same rows.
             parts: ``shared`` gives this rank's part of a sum over the world (or None), which is added
-                before the ranks' sums are. Only with replicated rows and where ``adds_up``.
+                before the ranks' sums are. Only without ``counts`` and where ``adds_up``.
             shared: (start, stop) -> the shared expert's result for those rows, of the rows this rank
                 adds up.
             dtype: of the result.
@@ -97,7 +106,8 @@ class ExpertParallel:
             [T, D] in ``dtype``; added up wide and rounded once. With ``parts`` the wide sum itself.
 
         Raises:
-            ValueError: ids or weights of another shape than [T, K]; parts where nothing adds them up.
+            ValueError: ids or weights of another shape than [T, K], or counts that do not go with
+                them; parts where nothing adds them up.
         """
         if ids.shape != weights.shape or ids.dim() != 2 or ids.shape[0] != rows.shape[0]:
             raise ValueError(
@@ -105,15 +115,23 @@ class ExpertParallel:
                 f" {tuple(weights.shape)}, allowed: [T, D], [T, K], [T, K]"
             )
         if parts:
-            if not (replicated and self.adds_up):
+            if counts is not None or not self.adds_up:
                 raise ValueError("parts of the shared expert need a sum over the world's ranks")
             results, place = self._run_local(rows, ids, weights, run, None)
             part = None if shared is None else shared(0, ids.shape[0])
             partial = moe_unpermute(results, place, part, wide_dtype(dtype))
             return self.mesh.world.all_reduce(partial)
-        if replicated or self.mesh.world.size == 1:
+        if counts is None or self.mesh.world.size == 1:
             return self._replicated(rows, ids, weights, run, shared, dtype)
-        return self._sharded(rows, ids, weights, run, shared, dtype)
+        cp = self.mesh.cp
+        if len(counts) != cp.size or counts[cp.rank] != ids.shape[0]:
+            raise ValueError(
+                f"counts {list(counts)}, allowed: {cp.size} of them, {ids.shape[0]} at {cp.rank}"
+            )
+        missed = (1 - 1 / self.mesh.world.size) ** ids.shape[1]
+        if self.ordered or 1 - missed < self.gather_from:
+            return self._sharded(rows, ids, weights, run, shared, dtype)
+        return self._gathered(rows, ids, weights, run, shared, dtype, counts)
 
     def _replicated(
         self,
@@ -189,6 +207,42 @@ class ExpertParallel:
             back[token, to_rank] = self._iota(token.numel(), token)
         out = moe_unpermute(answers, back, extra, dtype)
         return tp.all_gather_v(out, [b - a for a, b in pairwise(edges)])
+
+    def _gathered(
+        self,
+        rows: Rows,
+        ids: Tensor,
+        weights: Tensor,
+        run: RunExperts,
+        shared: SharedExpert | None,
+        dtype: torch.dtype,
+        counts: Sequence[int],
+    ) -> Tensor:
+        """The tp ranks split the rows; all rows go to all ranks, partial sums to the rows' owners."""
+        tp, world = self.mesh.tp, self.mesh.world
+        edges = [[count * r // tp.size for r in range(tp.size + 1)] for count in counts]
+        sizes = [b - a for part in edges for a, b in pairwise(part)]  # by world rank
+        start, stop = edges[self.mesh.cp.rank][tp.rank : tp.rank + 2]
+        pending = None
+        if (give := shared) is not None:
+            pending = beside(ids.device, lambda: give(start, stop))
+        weights = widen(weights[start:stop])
+        wire = pack_routed(slice_rows(rows, start, stop), ids[start:stop], weights)
+        wire = world.all_gather_v(wire, sizes)
+        partial = []
+        for first in range(0, max(wire.shape[0], 1), _GATHERED_ROWS):
+            piece = wire[first : first + _GATHERED_ROWS]
+            some, some_ids, some_weights = unpack_routed(piece, like=rows, weights_like=weights)
+            results, place = self._run_local(some, some_ids, some_weights, run, None)
+            partial.append(moe_unpermute(results, place, None, results.dtype))
+        sums = partial[0] if len(partial) == 1 else torch.cat(partial)
+        own = stop - start
+        answers = world.all_to_all_v(sums, sizes, [own] * world.size)
+        back = self._iota(own * world.size, ids).view(world.size, own).T.contiguous()
+        extra = None if pending is None else pending()
+        out = moe_unpermute(answers, back, extra, dtype)
+        mine = edges[self.mesh.cp.rank]
+        return tp.all_gather_v(out, [b - a for a, b in pairwise(mine)])
 
     def _run_local(
         self, rows: Rows, ids: Tensor, weights: Tensor, run: RunExperts, count: int | None

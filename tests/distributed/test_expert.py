@@ -83,8 +83,9 @@ def check(mesh: ParallelMesh, load: list[int], case: str, dtype: torch.dtype, sh
     own_load = [sum(load[r :: cp.size]) for r in range(cp.size)]
     first = sum(own_load[: cp.rank])
     own = slice(first, first + own_load[cp.rank])
-    for combine in ("ordered", "fast"):
+    for combine, gather_from in (("ordered", 0.0), ("fast", 0.0), ("fast", 2.0)):
         parallel = ExpertParallel(mesh, EXPERTS, combine)  # type: ignore[arg-type]
+        parallel.gather_from = gather_from
         run = Experts().runner(parallel.first_expert, parallel.num_local)
         for replicated in (True, False):
             mine = slice(0, x.shape[0]) if replicated else own
@@ -107,11 +108,11 @@ def check(mesh: ParallelMesh, load: list[int], case: str, dtype: torch.dtype, sh
                 ids[mine],
                 weights[mine],
                 run,  # type: ignore[arg-type]
-                replicated=replicated,
+                counts=None if replicated else own_load,
                 shared=shared_rows if shared else None,
                 dtype=torch.float32,
             )
-            label = (cp.size, mesh.tp.size, load, case, dtype, combine, replicated)
+            label = (cp.size, mesh.tp.size, load, case, dtype, combine, gather_from, replicated)
             if shared and replicated and parallel.adds_up:
                 # Parts of the shared expert that the ranks give add up to the same.
                 parts = parallel.forward(
@@ -119,7 +120,7 @@ def check(mesh: ParallelMesh, load: list[int], case: str, dtype: torch.dtype, sh
                     ids,
                     weights,
                     run,  # type: ignore[arg-type]
-                    replicated=True,
+                    counts=None,
                     parts=True,
                     shared=part_of_shared,
                     dtype=dtype,
@@ -149,7 +150,10 @@ def check_mesh(rank: int, cp: int, tp: int) -> None:
 
 
 def check_traffic(rank: int, size: int) -> None:
-    """A row travels once to each rank that owns one of its experts; ``fast`` returns one row each."""
+    """A row travels once to each rank that owns one of its experts; ``fast`` returns one row each.
+
+    Where all rows go to all ranks, they do so once, and one row of sums comes back from each.
+    """
     x, ids, weights = tokens([6, 6, 6, 6][:size], "random", torch.bfloat16)
     x, ids, weights = (part.tensor_split(size)[rank] for part in (x, ids, weights))
     visits = sum(len({int(e) * size // EXPERTS for e in row} - {rank}) for row in ids)
@@ -157,21 +161,32 @@ def check_traffic(rank: int, size: int) -> None:
     for combine, returned in (("fast", visits), ("ordered", slots)):
         mesh = build_mesh(ParallelConfig(cp=size), rank)
         parallel = ExpertParallel(mesh, EXPERTS, combine)  # type: ignore[arg-type]
+        parallel.gather_from = 2.0
         run = Experts().runner(parallel.first_expert, parallel.num_local)
-        parallel.forward(
-            x,
-            ids,
-            weights,
-            run,  # type: ignore[arg-type]
-            replicated=False,
-            shared=None,
-            dtype=torch.float32,
-        )
+
+        def forward(parallel: ExpertParallel = parallel, run: object = run) -> None:
+            parallel.forward(
+                x,
+                ids,
+                weights,
+                run,  # type: ignore[arg-type]
+                counts=[x.shape[0]] * size,
+                shared=None,
+                dtype=torch.float32,
+            )
+
+        forward()
         row_bytes = DIM * 2
         dispatch = (size - 1) * 16 + visits * (row_bytes + ROUTE_BYTES)
         answers = mesh.world.stats.received - sum_dispatched(mesh, ids)
         assert mesh.world.stats.sent - dispatch == sent_answers(mesh, combine, ids) * row_bytes
         assert answers == returned * row_bytes
+        if combine == "fast":
+            parallel.gather_from = 0.0
+            mesh.world.stats.reset()
+            forward()
+            travelled = (size - 1) * x.shape[0] * (row_bytes + ROUTE_BYTES + row_bytes)
+            assert (mesh.world.stats.sent, mesh.world.stats.received) == (travelled, travelled)
 
 
 def other_ranks(mesh: ParallelMesh, ids: Tensor) -> list[Tensor]:
@@ -239,7 +254,19 @@ def test_bad_inputs_are_refused() -> None:
             ids,
             weights,
             run,  # type: ignore[arg-type]
-            replicated=True,
+            counts=None,
+            shared=None,
+            dtype=torch.float32,
+        )
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="need a sum"):
+        parallel.forward(
+            torch.zeros(2, DIM),
+            ids,
+            torch.zeros(2, 3),
+            run,  # type: ignore[arg-type]
+            counts=None,
+            parts=True,
             shared=None,
             dtype=torch.float32,
         )
