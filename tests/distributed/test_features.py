@@ -171,15 +171,15 @@ def test_shared_expert_is_clamped_sglang_23752() -> None:
     driver = Driver(BASE)
     net = driver.worker._model
     assert net is not None
-    ffn = net.blocks[1].ffn
+    shared = net.blocks[1].ffn.shared
     x = torch.randn(5, 128) * 60
-    gate, up = ffn.w1_w3.split(x @ ffn.w1_w3.weight.matrix.t())
+    gate, up = shared.w1_w3.split(x @ shared.w1_w3.weight.matrix.t())
     limit = net.config.swiglu_limit
     assert (gate > limit).any()
     assert (up.abs() > limit).any()
     hidden = torch.nn.functional.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
-    found = ffn._shared(Activations(x, None))
-    torch.testing.assert_close(found, hidden @ ffn.w2.matrix.t(), rtol=1e-4, atol=1e-3)
+    found = shared.whole(Activations(x, None))
+    torch.testing.assert_close(found, hidden @ shared.w2.matrix.t(), rtol=1e-4, atol=1e-3)
 
 
 def test_rope_bases_by_layer_mlx_lm_1189() -> None:
