@@ -77,6 +77,11 @@ if TYPE_CHECKING:  # the same exports, for type checkers and editors
         PageLayout as PageLayout,
     )
     from kernels.q_norm_rope.api import q_norm_rope as q_norm_rope
+    from kernels.peer_sum.api import (
+        PeerBoxes as PeerBoxes,
+        box_bytes as box_bytes,
+        peer_sum as peer_sum,
+    )
     from kernels.qkv_norm_rope.api import qkv_norm_rope as qkv_norm_rope
     from kernels.quant.api import (
         act_quant as act_quant,
@@ -159,6 +164,9 @@ _EXPORTS: dict[str, str] = {
     "expert_ffn_quant": "kernels.quant_gemm.api",
     "swiglu": "kernels.swiglu.api",
     "rms_norm": "kernels.rms_norm.api",
+    "PeerBoxes": "kernels.peer_sum.api",
+    "box_bytes": "kernels.peer_sum.api",
+    "peer_sum": "kernels.peer_sum.api",
     "q_norm_rope": "kernels.q_norm_rope.api",
     "kv_norm_rope": "kernels.kv_norm_rope.api",
     "apply_rope": "kernels.rope.api",

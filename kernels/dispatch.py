@@ -109,6 +109,7 @@ _FOLDERS: dict[str, str] = {
     "gumbel_noise": "gumbel",
     "sample_partial": "sample_partial",
     "merge_samples": "sample_partial",
+    "peer_sum": "peer_sum",
     "pack_rows": "row_exchange",
     "unpack_rows": "row_exchange",
 }
@@ -231,6 +232,7 @@ _FASTER: dict[str, tuple[Implementation, ...]] = {
     "moe_unpermute": _triton("moe_permute", "one pass; f64 runs the twin"),
     "gumbel_noise": _triton("gumbel", "one pass, the twin's bits"),
     "sample_partial": _hopper("sample_partial", "one pass, noise only where it may win"),
+    "peer_sum": _hopper("peer_sum", "values and tags in one trip between the GPUs"),
     "pack_rows": _hopper("row_exchange", "one launch for all streams"),
     "unpack_rows": _hopper("row_exchange", "one launch for all streams"),
 }

@@ -38,7 +38,7 @@ def test_every_exported_op_is_in_the_table() -> None:
     import kernels
 
     values = {name: getattr(kernels, name) for name in kernels.__all__}
-    helpers = {"wide_dtype", "widen", "stack_weights"}
+    helpers = {"beside", "box_bytes", "stack_weights", "wide_dtype", "widen"}
     ops = {name for name, value in values.items() if not isinstance(value, type)}
     assert ops - helpers == set(dispatch.table(CPU))
 

@@ -14,6 +14,7 @@ EXEMPT: dict[str, str] = {
     "dequant_fp4": "runs at load time on weights, value by value; there is no batch",
     "dequant_fp8": "runs at load time on weights, value by value; there is no batch",
     "quant_fp8_weight": "makes weights for tests and conversions; there is no batch",
+    "peer_sum": "adds value by value over ranks; there is no batch (test_peer_sum_gpu.py)",
     "prepare_weight": "runs at load time; what it makes is proved by the cases of linear",
     "prepare_experts": "runs at load time; what it makes is proved by the cases of expert_ffn",
 }
