@@ -159,10 +159,11 @@ def run_rank(rank: int, args: argparse.Namespace, init_method: str) -> None:
 
 
 def profile(rank: int, steps: Steps, position: int, args: argparse.Namespace) -> None:
-    """Print rank 0's device time by kernel for one prefill and one decode step."""
-    batch = args.decode[-1]
+    """Print rank 0's device time by kernel for a prefill step and the two extreme decode steps."""
+    small, large = args.decode[0], args.decode[-1]
     for name, call in (
-        ("decode", lambda: steps.decode(batch, position)),
+        (f"decode {small}", lambda: steps.decode(small, position)),
+        (f"decode {large}", lambda: steps.decode(large, position)),
         ("prefill", lambda: steps.prefill(0, args.prefill[0])),
     ):
         with torch.profiler.profile() as recorded:
