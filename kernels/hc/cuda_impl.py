@@ -1,11 +1,11 @@
 """Hyper-connections in CUDA C++ for what is served: bfloat16, four streams, wide rows.
 
-Other shapes and float32 take the Triton kernels of this folder. Up to ``_FEW`` tokens one launch of
-clusters does everything, the RMSNorm and the FP8 form behind included. Above, groups of blocks wait for
-each other, so all blocks of a launch must fit on the device at once, and two such launches must not
-overlap: these ops belong to one stream of a device. ``fn`` and the norm's weight must not be written by
-the kernel directly ahead in the stream, which may still run when they are read. The first call on a
-device allocates and compiles; make it before a graph is captured.
+Other shapes and float32 take the Triton kernels of this folder. Up to ``_FEW`` tokens one launch does
+everything, the RMSNorm and the FP8 form behind included; above, one launch does so behind ``hc_post``.
+Groups of blocks wait for each other, so all blocks of a launch must fit on the device at once, and two
+such launches must not overlap: these ops belong to one stream of a device. ``fn`` and the norm's weight
+must not be written by the kernel directly ahead in the stream, which may still run when they are read.
+The first call on a device allocates and compiles; make it before a graph is captured.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _CUDA = Path(__file__).parent / "cuda"
 _SOURCES = [_CUDA / "hc.cu", *sorted(_CUDA.glob("*.cuh"))]
 _STREAMS, _SLAB, _TILE, _RING, _SUMS = 4, 256, 16, 8, 448  # as in the sources
 _FEW = 64  # tokens up to which clusters run
+_SLAB_WORDS = 32  # of a token and a slab
 _MULTIPLE = 1024  # columns come in multiples of this
 _SLABS = range(16, 29)  # blocks of a group that the kernels take
 _PRE, _HEAD, _POST_PRE = range(3)
@@ -42,9 +43,16 @@ def build() -> None:
 def _workspace(device: torch.device) -> tuple[int, Tensor, Tensor]:
     """Blocks that run at once; the ring of tagged words; the epoch of the tags and a counter."""
     blocks = int(load_library(*_SOURCES).causeway_hc_blocks())
-    words = blocks * _RING * (_SUMS + _TILE * _STREAMS)
+    words = blocks * _RING * (_SUMS + _TILE * (_STREAMS + 1))
     ring = torch.zeros(words, dtype=torch.int64, device=device)
     return blocks, ring, torch.zeros(2, dtype=torch.int32, device=device)
+
+
+@functools.cache
+def _few_workspace(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tagged words of a launch for few tokens, and the counter that their tags come from."""
+    new = functools.partial(torch.zeros, dtype=torch.int64, device=device)
+    return new(_FEW * _SLABS[-1] * _SLAB_WORDS), new(1)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -102,9 +110,10 @@ def collapse_norm(
     rms_eps: float,
     mixed: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, QuantRows, Tensor, Tensor]:
-    """``(streams, normed, rows, post, comb)``: ``collapse``, then ``rms_norm_quant``."""
+    """``(streams, normed, rows, post, comb)``: ``collapse``, then ``rms_norm_quant``: one launch or two."""
     tokens, _, dim = x.shape
-    if not 0 < tokens <= _FEW or not _fits(x):
+    # Many tokens without hc_post: in one launch the warps that norm would have more to do than all others.
+    if tokens == 0 or not _fits(x) or (mixed is None and tokens > _most_of_few(x)):
         streams, out, post, comb = collapse(
             x, fn, scale, base, iters=iters, eps=eps, norm_eps=norm_eps, mixed=mixed
         )
@@ -141,6 +150,11 @@ def _fits(x: Tensor) -> bool:
     return dim // _SLAB in _SLABS and _workspace(x.device)[0] >= dim // _SLAB
 
 
+def _most_of_few(x: Tensor) -> int:
+    """Tokens up to which one launch does everything: its blocks must run at once."""
+    return min(_FEW, _TILE * (_workspace(x.device)[0] // (x.shape[2] // _SLAB)))
+
+
 def _launch(
     x: Tensor,
     fn: Tensor,
@@ -157,13 +171,16 @@ def _launch(
     """Fill ``out`` (and the rows of ``norm``); returns the streams, post and comb."""
     tokens, r, dim = x.shape
     blocks, ring, flags = _workspace(x.device)
+    groups = blocks // (dim // _SLAB)
     x, fn = _aligned(x), _aligned(fn.contiguous())
     scale, base = scale.contiguous(), base.contiguous()
     new = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
     post = new((tokens, r) if iters else (0,))
     comb = new((tokens, r, r) if iters else (0,))
-    few = tokens <= _FEW
-    if not few:
+    few = tokens <= _most_of_few(x)
+    if few:
+        ring, flags = _few_workspace(x.device)
+    else:
         mixed = _narrow(mixed, x.dtype)
     streams, a = x, None
     old: tuple[Tensor | None, ...] = (None, None)
@@ -191,7 +208,7 @@ def _launch(
         pointer(flags),
         ctypes.c_int64(tokens),
         ctypes.c_int(dim),
-        ctypes.c_int(min(blocks // (dim // _SLAB), -(-tokens // _TILE))),
+        ctypes.c_int(groups if few else min(groups, -(-tokens // _TILE))),
         ctypes.c_int(iters),
         ctypes.c_float(eps),
         ctypes.c_float(norm_eps),

@@ -16,16 +16,21 @@ single = Implementation("kernels.hc.cuda_impl")
 both = Implementation("kernels.hc_post_pre.cuda_impl")
 norm = Implementation("kernels.quant_rows.cuda_impl")
 PRE = {"iters": 20, "eps": 1e-6, "norm_eps": 1e-6}
-# One cluster, several, tiles; widths with one and two slabs a block.
+# One cluster, two, groups of few and of many tokens, tiles (the last ones use each slot of the words more
+# than once); widths of 16, 20 and 28 slabs.
 SHAPES = [
     (1, 4096),
+    (7, 4096),
     (13, 4096),
     (64, 4096),
     (150, 4096),
     (11, 7168),
+    (61, 7168),
     (90, 7168),
     (9, 5120),
     (0, 4096),
+    (2200, 4096),
+    (1100, 7168),
 ]
 
 
@@ -74,16 +79,26 @@ def test_the_bits_of_the_single_ops(tokens: int, dim: int, weight_dtype: torch.d
             assert_rows_alone(lambda s, f=run, p=part: f(s)[p], got, rows)
 
 
-def test_not_a_number_stays_in_its_row() -> None:
-    x = there((torch.randn(5, 4, 4096)).bfloat16())
-    weight, mix = there(torch.rand(4096)), params(4096)
-    clean = parts(fused.hc_pre_norm(x, *mix, weight, rms_eps=1e-5, **PRE))
+@pytest.mark.parametrize("tokens", [5, 150])
+def test_not_a_number_stays_in_its_row(tokens: int) -> None:
+    x, a = there((torch.randn(tokens, 4, 4096).bfloat16(), torch.randn(tokens, 4096).bfloat16()))
+    post, comb, weight = there(
+        (torch.rand(tokens, 4) * 2, torch.rand(tokens, 4, 4), torch.rand(4096))
+    )
+    mix, others = params(4096), [i for i in range(tokens) if i != 2]
+
+    def results() -> list[tuple[Tensor, QuantRows]]:
+        pre = fused.hc_pre_norm(x, *mix, weight, rms_eps=1e-5, **PRE)
+        both = fused.hc_post_pre_norm(a, x, post, comb, *mix, weight, rms_eps=1e-5, **PRE)
+        return [pre[:2], both[1:3]]
+
+    clean = results()
     x[2, 1, 77] = float("nan")
-    normed, rows, _, _ = fused.hc_pre_norm(x, *mix, weight, rms_eps=1e-5, **PRE)
-    assert bool(normed[2].isnan().all())
-    assert bool((rows.scale[2] == 255).all())
-    for got, want in zip((normed, rows.scale), (clean[0], clean[2]), strict=True):
-        assert torch.equal(got[[0, 1, 3, 4]], want[[0, 1, 3, 4]])
+    for (normed, rows), (want, want_rows) in zip(results(), clean, strict=True):
+        assert bool(normed[2].isnan().all())
+        assert bool((rows.scale[2] == 255).all())
+        assert torch.equal(normed[others], want[others])
+        assert torch.equal(rows.scale[others], want_rows.scale[others])
 
 
 def test_float32_and_other_widths_run_the_single_ops() -> None:

@@ -3,7 +3,7 @@
 //
 // A block owns 256 columns of every stream and multiplies them by three bf16 parts that add up to the f32
 // weight, so every product is exact. Many tokens: the blocks of all slabs of a row form a group, groups
-// walk over tiles of 16 tokens (hc_tiles.cuh). Few tokens: a cluster of blocks for eight (hc_few.cuh).
+// walk over tiles of 16 tokens (hc_tiles.cuh). Few tokens: a group that takes up to 16 at once (hc_few.cuh).
 // Sums run in a fixed order (tensor core over 64 columns, warps, slabs) that no other token touches and
 // that both kernels share.
 #include "hc_few.cuh"
@@ -35,12 +35,12 @@ cudaError_t encode(CUtensorMap* map, const void* values, int rank, const uint64_
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-template <Mode kMode>
+template <Mode kMode, bool kNorm>
 cudaError_t launch(const Arguments& args, cudaStream_t stream) {
-  constexpr int kBytes = Layout<kMode>::kBytes;
+  constexpr int kBytes = Layout<kMode, kNorm>::kBytes;
+  const auto kernel = hc_kernel<kMode, kNorm>;
   const uint64_t sizes[3] = {(uint64_t)args.dim, kStreams, (uint64_t)args.tokens};
   const uint32_t box[3] = {kBoxColumns, kStreams, kTile}, a_box[2] = {kSlab, kTile};
-  const uint32_t new_box[3] = {kBoxColumns, kStreams, kPart};
   const int64_t x_strides[2] = {args.x_stream, args.x_token};
   const int64_t new_strides[2] = {args.dim, (int64_t)args.dim * kStreams};
   Maps maps;
@@ -48,13 +48,13 @@ cudaError_t launch(const Arguments& args, cudaStream_t stream) {
   if constexpr (kMode == Mode::kPostPre) {
     const uint64_t a_sizes[2] = {sizes[0], sizes[2]};
     if (code == cudaSuccess) code = encode(&maps.a, args.a, 2, a_sizes, &args.a_token, a_box);
-    if (code == cudaSuccess) code = encode(&maps.streams, args.streams, 3, sizes, new_strides, new_box);
+    if (code == cudaSuccess) code = encode(&maps.streams, args.streams, 3, sizes, new_strides, box);
   }
   if (code == cudaSuccess) {
-    code = cudaFuncSetAttribute(hc_kernel<kMode>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+    code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   }
   if (code != cudaSuccess) return code;
-  hc_kernel<kMode><<<args.groups * args.slabs, kAllThreads, kBytes, stream>>>(args, maps);
+  kernel<<<args.groups * args.slabs, kAllThreads, kBytes, stream>>>(args, maps);
   code = cudaGetLastError();
   if (code != cudaSuccess || kMode == Mode::kHead) return code;
   cudaLaunchAttribute early;
@@ -84,13 +84,21 @@ namespace {
 
 template <causeway::hc::Mode kMode>
 cudaError_t run(const causeway::hc::Arguments& args, bool few, cudaStream_t stream) {
-  return few ? causeway::hc::start_few<kMode>(args, stream) : causeway::hc::launch<kMode>(args, stream);
+  if (few) return causeway::hc::start_few<kMode>(args, stream);
+  if (args.norm_weight != nullptr) {
+    if constexpr (kMode == causeway::hc::Mode::kPostPre) {
+      return causeway::hc::launch<kMode, true>(args, stream);
+    }
+    return cudaErrorInvalidValue;
+  }
+  return causeway::hc::launch<kMode, false>(args, stream);
 }
 
 }  // namespace
 
-// mode: 0 hc_pre, 1 hc_head, 2 hc_post_pre. comb: null for hc_head. few: a cluster for eight tokens, then
-// with norm_weight also the RMSNorm and the FP8 form (out is the normed row), and `a` may be float32.
+// mode: 0 hc_pre, 1 hc_head, 2 hc_post_pre. comb: null for hc_head. few: one launch for up to 64 tokens, then
+// `a` may be float32. With norm_weight (few, or mode 2) also the RMSNorm and the FP8 form: `out` is the
+// normed row.
 // Returns a CUDA error code.
 extern "C" int causeway_hc(int mode, int few, const void* x, int64_t x_token, int64_t x_stream,
                            const void* a, int64_t a_token, int a_is_float, const void* post_in,

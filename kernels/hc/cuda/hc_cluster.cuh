@@ -25,11 +25,17 @@ __device__ __forceinline__ void send(uint32_t there, uint32_t bar, float value) 
                "r"(__float_as_uint(value)), "r"(bar)
                : "memory");
 }
-__device__ __forceinline__ void send(uint32_t there, uint32_t bar, const uint4& v) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-                   there),
-               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(bar)
-               : "memory");
+
+// A whole warp waits for the first phase of a barrier.
+__device__ __forceinline__ void wait_together(uint32_t bar) {
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\nselp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(bar)
+        : "memory");
+  } while (!__all_sync(~0u, done));
 }
 
 }  // namespace hc

@@ -20,11 +20,9 @@ __device__ __forceinline__ Affine load_affine(const Arguments& args, int record)
 
 // Argument of a factor's sigmoid (or of comb's softmax) from its sum.
 __device__ __forceinline__ float logit_of(const Arguments& args, float sum, float squares, Affine f) {
-  float norm = rsqrtf(squares / (float)(kStreams * args.dim) + args.norm_eps);
+  float norm = rsqrtf(__fdividef(squares, (float)(kStreams * args.dim)) + args.norm_eps);
   return fmaf(__fmul_rn(sum, norm), f.scale, f.base);
 }
-
-__device__ __forceinline__ float sigmoid(float v) { return 1.0f / (1.0f + expf(-v)); }
 
 __device__ __forceinline__ float reciprocal(float v) {
   float y;
@@ -32,9 +30,12 @@ __device__ __forceinline__ float reciprocal(float v) {
   return y;
 }
 
+__device__ __forceinline__ float sigmoid(float v) { return reciprocal(1.0f + __expf(-v)); }
+
 // comb from its logits: row softmax plus eps, columns, then iters - 1 times rows and columns. Instead of
 // the matrix only its row and column factors change: c[j][k] = c0[j][k] / (p[j] t[k]); dividing a row by its
-// sum plus eps adds eps p[j] to the sum without p[j], which is the new p[j]. One thread makes one matrix.
+// sum plus eps adds eps p[j] to the sum without p[j], which is the new p[j]. A sum starts with its own column
+// and goes on to those whose number differs in bit 0, bit 1 and both. One thread makes one matrix.
 __device__ __forceinline__ void finish_comb(float (&c)[16], int iters, float eps) {
   float p[4], t[4], r[4], q[4];
 #pragma unroll
@@ -48,18 +49,21 @@ __device__ __forceinline__ void finish_comb(float (&c)[16], int iters, float eps
     for (int k = 0; k < 4; ++k) row[k] = fmaf(row[k], inverse, eps);
     p[j] = t[j] = r[j] = q[j] = 1.0f;
   }
-  for (int i = 0; i < iters; ++i) {
-    if (i > 0) {
+  for (int n = 0; n < iters; ++n) {
+    if (n > 0) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const float* row = c + j * 4;
-        p[j] = fmaf(row[1], q[1], fmaf(row[0], q[0], eps * p[j])) + fmaf(row[3], q[3], row[2] * q[2]);
+        p[j] *= eps;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) p[j] = fmaf(c[j * 4 + (j ^ i)], q[j ^ i], p[j]);
         r[j] = reciprocal(p[j]);
       }
     }
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      t[k] = fmaf(c[4 + k], r[1], fmaf(c[k], r[0], eps * t[k])) + fmaf(c[12 + k], r[3], c[8 + k] * r[2]);
+      t[k] *= eps;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) t[k] = fmaf(c[(k ^ i) * 4 + k], r[k ^ i], t[k]);
       q[k] = reciprocal(t[k]);
     }
   }
@@ -68,6 +72,38 @@ __device__ __forceinline__ void finish_comb(float (&c)[16], int iters, float eps
 #pragma unroll
     for (int k = 0; k < 4; ++k) c[j * 4 + k] *= r[j] * q[k];
   }
+}
+
+// The same, with the same bits, by a warp: lane i (mod 16) brings logit i and gets entry i, lane j (mod 4)
+// keeps row and column j. For one matrix it is faster: a warp alone sends one instruction in two cycles.
+__device__ __forceinline__ float finish_comb_lanes(float logit, int iters, float eps, int lane) {
+  float top = fmaxf(logit, __shfl_xor_sync(~0u, logit, 1));
+  top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+  float c = __expf(logit - top);
+  float total = c + __shfl_xor_sync(~0u, c, 1);
+  total += __shfl_xor_sync(~0u, total, 2);
+  c = fmaf(c, reciprocal(total), eps);
+  const int own = lane % 4;
+  float row[4], column[4], p = 1.0f, t = 1.0f, r = 1.0f, q = 1.0f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    row[i] = __shfl_sync(~0u, c, own * 4 + (own ^ i));
+    column[i] = __shfl_sync(~0u, c, (own ^ i) * 4 + own);
+  }
+  const auto phase = [&](float& sum, float& inverse, const float (&entry)[4], float factor) {
+    float others[4];
+#pragma unroll
+    for (int i = 1; i < 4; ++i) others[i] = __shfl_xor_sync(~0u, factor, i);
+    sum = fmaf(entry[0], factor, sum * eps);
+#pragma unroll
+    for (int i = 1; i < 4; ++i) sum = fmaf(entry[i], others[i], sum);
+    inverse = reciprocal(sum);
+  };
+  for (int n = 0; n < iters; ++n) {
+    if (n > 0) phase(p, r, row, q);
+    phase(t, q, column, r);
+  }
+  return c * (__shfl_sync(~0u, r, lane / 4 % 4) * q);
 }
 
 __device__ __forceinline__ void store_comb(float* comb, const float (&c)[16]) {
@@ -93,30 +129,41 @@ __device__ __forceinline__ uint4 collapse_columns(const float4& factor, const ui
           pack_bf16(value[6], value[7])};
 }
 
-// Eight columns of a row to FP8; half a warp holds the 128 columns of a scale. Bits of quant_rows.
-__device__ __forceinline__ void store_codes(const Arguments& args, int64_t token, int column,
-                                            const float (&v)[8]) {
-  uint32_t peak = 0;  // as integers a NaN is above infinity
+// Squares of eight columns. Those of a slab, a warp's, are added by add_lanes, the slabs' again, a lane
+// each and zeros for those that are not there: the order of rms_norm_quant.
+__device__ __forceinline__ float square_of(const uint4& row) {
+  float sum = 0.0f;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) peak = max(peak, __float_as_uint(v[i]) & 0x7FFFFFFFu);
-  const int lane = threadIdx.x % 32;
-  peak = __reduce_max_sync(lane < 16 ? 0x0000FFFFu : 0xFFFF0000u, peak);
+  for (int word = 0; word < 4; ++word) {
+    const float low = low_half((&row.x)[word]), high = high_half((&row.x)[word]);
+    sum = fmaf(low, low, sum);
+    sum = fmaf(high, high, sum);
+  }
+  return sum;
+}
+__device__ __forceinline__ float add_lanes(float value) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
+  return value;
+}
+
+// The FP8 form of 128 columns, as quant_rows makes it: the scale byte from the bits of the largest
+// magnitude (as integers a NaN is above infinity), eight columns' codes from their values.
+__device__ __forceinline__ uint32_t scale_byte(uint32_t peak) {
   const uint32_t bits =
       __float_as_uint(fmaxf(__uint_as_float(peak), 1e-4f) * static_cast<float>(1.0 / 448.0));
-  const uint32_t byte =
-      peak > 0x7F800000u ? 255u : min((bits >> 23) + ((bits & 0x7FFFFFu) != 0 ? 1u : 0u), 255u);
+  return peak > 0x7F800000u ? 255u : min((bits >> 23) + ((bits & 0x7FFFFFu) != 0 ? 1u : 0u), 255u);
+}
+__device__ __forceinline__ uint2 code_columns(const uint4& row, uint32_t byte) {
   const float inverse = __uint_as_float(byte == 255 ? 0x7FC00000u : (254 - byte) << 23);
   uint32_t pairs[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    pairs[i] = __nv_cvt_float2_to_fp8x2(make_float2(v[2 * i] * inverse, v[2 * i + 1] * inverse),
+    const uint32_t word = (&row.x)[i];
+    pairs[i] = __nv_cvt_float2_to_fp8x2(make_float2(low_half(word) * inverse, high_half(word) * inverse),
                                         __NV_SATFINITE, __NV_E4M3);
   }
-  *reinterpret_cast<uint2*>(args.codes + token * args.code_row + column) =
-      make_uint2(pairs[0] | (pairs[1] << 16), pairs[2] | (pairs[3] << 16));
-  if (lane % 16 == 0) {
-    args.code_scale[token * args.code_scale_row + column / 128] = static_cast<uint8_t>(byte);
-  }
+  return make_uint2(pairs[0] | (pairs[1] << 16), pairs[2] | (pairs[3] << 16));
 }
 
 // `bytes` (a multiple of 16) global -> shared by the copy engine, counted by `bar`.

@@ -1,334 +1,313 @@
-// The kernel for few tokens: a cluster of 16 blocks for 16 tokens. Block i mixes slab i of all of them (of
-// more than 16 slabs, two), and sends each token's sums, and the streams it made, to the block that
-// finishes the token: factors, collapsed row, RMSNorm, FP8 form. The sums are those of hc_tiles.cuh in the
-// same order, norm and codes those of kernels/quant_rows.
+// The kernel for few tokens: a group of blocks, a slab each, for up to 16 of them. Weights are read and cut
+// into parts before the kernel ahead ends. Block i sends each token's sums over slab i to the others
+// (hc_words.cuh): every block makes the factors of all its group's tokens and collapses its own columns,
+// exchanges their squares for the RMSNorm, and makes the FP8 form. Block t also makes post and comb of
+// token t. The sums are those of hc_tiles.cuh in the same order, norm and codes those of kernels/quant_rows.
 #pragma once
-#include "hc_cluster.cuh"
-#include "hc_factors.cuh"
+#include "hc_words.cuh"
 
 namespace causeway {
 namespace hc {
 
-constexpr int kFewTile = 16;  // tokens of a cluster, at most
-constexpr int kClusters = 4;  // up to which a cluster takes only eight
-constexpr int kCluster = 16;
 constexpr int kFewThreads = kUnits * 32;
-constexpr int kFinishers = 256;  // threads that collapse a row, columns 8 t .. of every 2048
-constexpr int kMaxSlabs = 32;
+constexpr int kFirstPart = kUnits / 2;  // warps from here on wait for the parts of a token's sums
+constexpr int kFewBlocks = 64;
+constexpr int kClusters = 2, kClusterTokens = 4;
 constexpr int kFewSums = kFewTile * kRecord;
+constexpr int kTokenBytes = kStreams * kSlab * 2;
 
-// Shared memory: partial sums of a slab, slab sums, barriers, the second slab's weights, then the norm's
-// weight and the streams' rows.
-template <int kSlabs>
+// Shared memory: streams as they came, those made of them, `a`, the factors of hc_post, sums of the units,
+// the norm's weight, what other blocks send.
 struct FewLayout {
-  static constexpr int kSlabSums = kUnits * kFewSums * 4;
-  static constexpr int kBars = kSlabSums + kMaxSlabs * kRecord * 4;
-  static constexpr int kWeight = kBars + 128;
-  static constexpr int kRest = kWeight + (kSlabs > 1 ? kStreams * 24 * kPieceBytes : 0);
-  static int bytes(int dim) { return kRest + dim * (4 + 2 * kStreams); }
+  static constexpr int kMade = kFewTile * kTokenBytes;
+  static constexpr int kA = 2 * kMade;
+  static constexpr int kFactors = kA + kFewTile * kSlab * 4;
+  static constexpr int kPartial = kFactors + kFewTile * 20 * 4;
+  static constexpr int kWeight = kPartial + kUnits * kFewSums * 4;
+  static constexpr int kRoom = kWeight + kSlab * 4;
 };
 
-// Eight columns of the finished sub-layer's row: bf16, or float32 rounded to it.
-template <bool kWide>
-__device__ __forceinline__ uint4 load_result(const Arguments& args, int64_t token, int column) {
-  const int64_t at = token * args.a_token + column;
-  if constexpr (!kWide) return *reinterpret_cast<const uint4*>(args.a + at);
-  const float4* wide = reinterpret_cast<const float4*>(reinterpret_cast<const float*>(args.a) + at);
-  uint4 narrow;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const float4 four = wide[i];
-    (&narrow.x)[2 * i] = pack_bf16(four.x, four.y);
-    (&narrow.x)[2 * i + 1] = pack_bf16(four.z, four.w);
-  }
-  return narrow;
+// Where eight columns, a piece of 0..31, of a token's stream lie: 64 columns of neighbouring tokens start in
+// different banks.
+__device__ __forceinline__ int few_piece(int token, int stream, int piece) {
+  return token * kTokenBytes + stream * kSlab * 2 + (piece ^ (token & 1) << 2) * 16;
 }
 
-// Sixteen columns of a stream, from `column` and 32 further: as they are, or made by hc_post and then kept
-// in global memory and in the finishing block's rows.
-template <Mode kMode, bool kWide>
-__device__ __forceinline__ void load_columns(uint4 (&x)[2], const Arguments& args, int64_t token,
-                                             int stream, int column, uint32_t rows, uint32_t bar,
-                                             uint32_t finisher) {
-  const __nv_bfloat16* from = args.x + token * args.x_token + column;
-  if constexpr (kMode != Mode::kPostPre) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      x[half] = *reinterpret_cast<const uint4*>(from + stream * args.x_stream + half * 32);
+// The tokens' columns of this slab, and what hc_post needs, on their way to shared memory: a row a warp. The
+// addresses are made ahead, while the kernel waits.
+template <Mode kMode>
+struct Columns {
+  const __nv_bfloat16* x;  // row `warp`; the other rows of the warp are those of each fourth token behind
+  const char *a, *factors;
+  int64_t step;
+  uint32_t x_to, a_to, factors_to;
+  int left;
+  bool has_a, is_float;
+
+  __device__ __forceinline__ Columns(const Arguments& args, char* memory, const Group& group, int warp,
+                                     int lane) {
+    using L = FewLayout;
+    const int token = warp / kStreams, stream = warp % kStreams;
+    x = args.x + (group.first + token) * args.x_token + stream * args.x_stream + group.slab * kSlab + lane * 8;
+    x_to = smem_address(memory + few_piece(token, stream, lane));
+    step = args.x_token * (kUnits / kStreams);
+    left = group.live - token;
+    if constexpr (kMode == Mode::kPostPre) {
+      const int own = kUnits - 1 - warp, size = args.a_is_float ? 4 : 2;
+      has_a = own < group.live;
+      is_float = args.a_is_float;
+      a = reinterpret_cast<const char*>(args.a) +
+          ((group.first + own) * args.a_token + group.slab * kSlab) * size + lane * 16;
+      a_to = smem_address(memory + L::kA + own * kSlab * 4 + lane * 16);
+      factors = reinterpret_cast<const char*>(lane == 0 ? args.post_in + (group.first + own) * 4
+                                                        : args.comb_in + (group.first + own) * 16) +
+                (lane == 0 ? 0 : lane - 1) * 16;
+      factors_to = smem_address(memory + L::kFactors + (own * 20 + lane * 4) * 4);
+      has_factors = has_a && lane < 5;
     }
-    return;
   }
-  float post = __ldcg(args.post_in + token * 4 + stream), comb[kStreams];
-#pragma unroll
-  for (int j = 0; j < kStreams; ++j) comb[j] = __ldcg(args.comb_in + token * 16 + j * 4 + stream);
-  uint4 a[2], old[2][kStreams];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    a[half] = load_result<kWide>(args, token, column + half * 32);
+  __device__ __forceinline__ void bring() {
+#pragma unroll 1
+    for (; left > 0; left -= kUnits / kStreams) {
+      copy16_async(x_to, x, true);
+      x_to += kUnits / kStreams * kTokenBytes;
+      x += step;
+    }
+    if constexpr (kMode == Mode::kPostPre) {
+      if (has_a) copy16_async(a_to, a, true);
+      if (has_a && is_float) copy16_async(a_to + 512, a + 512, true);
+      if (has_factors) copy16_async(factors_to, factors, true);
+    }
+  }
+
+ private:
+  bool has_factors;
+};
+
+// hc_post: a thread makes two columns of all streams of a token.
+__device__ __forceinline__ void make_columns(const Arguments& args, char* memory, const Group& group) {
+  using L = FewLayout;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < group.live * (kSlab / 2); i += kFewThreads) {
+    const int token = i / (kSlab / 2), pair = i % (kSlab / 2), within = pair % 4 * 4;
+    const float4* factors = reinterpret_cast<const float4*>(memory + L::kFactors) + token * 5;
+    const char* from = memory + L::kA + token * kSlab * 4;
+    uint32_t a;
+    if (args.a_is_float) {
+      const float2 wide = reinterpret_cast<const float2*>(from)[pair];
+      a = pack_bf16(wide.x, wide.y);
+    } else {
+      a = reinterpret_cast<const uint32_t*>(from)[pair];
+    }
+    uint32_t old[kStreams];
+    float4 comb[kStreams];
+    const float4 post = factors[0];
 #pragma unroll
     for (int j = 0; j < kStreams; ++j) {
-      old[half][j] = *reinterpret_cast<const uint4*>(from + j * args.x_stream + half * 32);
+      old[j] = *reinterpret_cast<const uint32_t*>(memory + few_piece(token, j, pair / 4) + within);
+      comb[j] = factors[1 + j];
     }
-  }
-  const uint32_t there = remote_address(rows + (stream * args.dim + column) * 2, finisher);
-  bar = remote_address(bar, finisher);
-  __nv_bfloat16* to = args.streams + (token * kStreams + stream) * args.dim + column;
+    __nv_bfloat16* to =
+        args.streams + (group.first + token) * kStreams * args.dim + group.slab * kSlab + pair * 2;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    x[half] = mix_columns(post, comb, a[half], old[half]);
-    send(there + half * 64, bar, x[half]);
-    *reinterpret_cast<uint4*>(to + half * 32) = x[half];
+    for (int k = 0; k < kStreams; ++k) {
+      const float mix[kStreams] = {(&comb[0].x)[k], (&comb[1].x)[k], (&comb[2].x)[k], (&comb[3].x)[k]};
+      const uint32_t made = mix_pair((&post.x)[k], mix, a, old);
+      *reinterpret_cast<uint32_t*>(memory + L::kMade + few_piece(token, k, pair / 4) + within) = made;
+      *reinterpret_cast<uint32_t*>(to + k * args.dim) = made;
+    }
   }
 }
 
-// kSlabs: slabs of a block; kChunks: of 2048 columns in a row; kWide: `a` holds float32.
-template <Mode kMode, int kSlabs, int kChunks, bool kWide>
-__global__ void __launch_bounds__(kFewThreads, 1) few_kernel(const __grid_constant__ Arguments args) {
-  using L = FewLayout<kSlabs>;
-  constexpr bool kPost = kMode == Mode::kPostPre;
-  constexpr int kMixes = kMode == Mode::kHead ? kStreams : 24;
-  extern __shared__ __align__(1024) char memory[];
-  __shared__ float norm_partial[kFinishers / 32];
-  float* partial = reinterpret_cast<float*>(memory);
-  float* slab_sums = reinterpret_cast<float*>(memory + L::kSlabSums);
-  const uint32_t row_bar = smem_address(memory + L::kBars), weight_bar = row_bar + 8;
-  const uint32_t sum_bar = row_bar + 16;  // slab sums, and the streams that hc_post made
-  const char* norm_weight = memory + L::kRest;
-  char* rows = memory + L::kRest + args.dim * 4;
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const int rank = blockIdx.x % kCluster;
-  const int64_t first = (int64_t)(blockIdx.x / kCluster) * args.few;
-  const int live = args.tokens - first < args.few ? (int)(args.tokens - first) : args.few;
-  // The last blocks finish the first tokens: they may have no slab to mix.
-  const int mine = kCluster - 1 - rank;
-  const bool finishes = mine < live;
-  const int64_t token = first + mine;
+// post and comb of the token that this block finishes.
+template <class Exchange>
+__device__ __forceinline__ void finish_factors(const Arguments& args, const Exchange& exchange, int64_t token,
+                                               int part, int warp, int lane) {
+  const int record = lane <= kStreams ? lane : lane - 1;  // the squares are the fifth sum
+  const Affine affine = load_affine<Mode::kPre>(args, record);
+  const float sum = exchange.all_sums(part, warp, lane);
+  if (part > 0) return;
+  const float logit = logit_of(args, sum, __shfl_sync(~0u, sum, kStreams), affine);
+  if (lane >= 5 && lane < 9) args.post[token * 4 + lane - 5] = 2.0f * sigmoid(logit);
+  const float c = finish_comb_lanes(__shfl_sync(~0u, logit, 9 + lane % 16), args.iters, args.eps, lane);
+  if (lane < 16) args.comb[token * 16 + lane] = c;
+}
 
+// Eight collapsed columns of a token normed and as FP8, as rms_norm_quant makes them. `weight`: the norm's,
+// of the slab's columns.
+__device__ __forceinline__ void store_normed(const Arguments& args, int64_t token, int slab,
+                                             const char* weight, uint4 row, float factor, int lane) {
+  float w[8];
+  if (args.norm_is_float) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float4 four = reinterpret_cast<const float4*>(weight)[lane * 2 + i];
+      w[4 * i] = four.x, w[4 * i + 1] = four.y, w[4 * i + 2] = four.z, w[4 * i + 3] = four.w;
+    }
+  } else {
+    const uint4 packed = reinterpret_cast<const uint4*>(weight)[lane];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      w[2 * i] = low_half((&packed.x)[i]);
+      w[2 * i + 1] = high_half((&packed.x)[i]);
+    }
+  }
+  uint32_t peak = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    uint32_t& word = (&row.x)[i];
+    word = pack_bf16(low_half(word) * factor * w[2 * i], high_half(word) * factor * w[2 * i + 1]);
+    peak = max(peak, max(word << 16 & 0x7FFFFFFFu, word & 0x7FFF0000u));
+  }
+  const int column = slab * kSlab + lane * 8;
+  *reinterpret_cast<uint4*>(args.out + token * args.dim + column) = row;
+  // Half a warp holds the 128 columns of a scale: the same instructions for both halves.
+  const uint32_t left = __reduce_max_sync(~0u, lane < 16 ? peak : 0u);
+  const uint32_t right = __reduce_max_sync(~0u, lane < 16 ? 0u : peak);
+  const uint32_t byte = scale_byte(lane < 16 ? left : right);
+  *reinterpret_cast<uint2*>(args.codes + token * args.code_row + column) = code_columns(row, byte);
+  if (lane % 16 == 0) {
+    args.code_scale[token * args.code_scale_row + column / 128] = static_cast<uint8_t>(byte);
+  }
+}
+
+template <Mode kMode, class Exchange>
+__global__ void __launch_bounds__(kFewThreads, 1) few_kernel(const __grid_constant__ Arguments args) {
+  using L = FewLayout;
+  constexpr bool kHead = kMode == Mode::kHead;
+  extern __shared__ __align__(1024) char memory[];
+  const int thread = threadIdx.x, warp = __shfl_sync(~0u, thread / 32, 0), lane = thread % 32;
+  const int64_t first = (int64_t)(blockIdx.x / args.slabs) * args.few;
+  const Group group = {first, args.tokens - first < args.few ? (int)(args.tokens - first) : args.few,
+                       (int)(blockIdx.x % args.slabs)};
+  const bool norms = args.norm_weight != nullptr;
+  float* partial = reinterpret_cast<float*>(memory + L::kPartial);
+  Exchange exchange(args, group, memory + L::kRoom);
+
+  // What no kernel ahead writes: weights.
   asm volatile("griddepcontrol.launch_dependents;");
-  // The second slab's columns come to L2 while the first is mixed.
-  const auto prefetch = [&](const auto* row, int column) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(row + (rank * kSlabs + 1) * kSlab + column));
-  };
-  // What no kernel ahead writes: weights, and what goes with the mixes.
-  const uint32_t norm_bytes =
-      args.norm_weight == nullptr ? 0 : args.dim * (args.norm_is_float ? 4 : 2);
-  const uint32_t row_bytes = kPost ? 0 : args.dim * 2 * kStreams;
-  const bool second = kSlabs > 1 && rank * kSlabs + 1 < args.slabs;
-  if (warp == 0) {
-    if (lane == 0) {
-      mbar_init(row_bar, 1);
-      mbar_init(weight_bar, 1);
-      mbar_init(sum_bar, 1);
-      mbar_fence_init();
-      if (second) expect_bytes(weight_bar, kStreams * kMixes * kSlab * 4);
-      if (finishes) {
-        expect_bytes(row_bar, norm_bytes + row_bytes);
-        expect_bytes(sum_bar, args.slabs * kRecord * 4 + (kPost ? args.dim * 2 * kStreams : 0));
-      }
-      if (finishes && norm_bytes) {
-        bulk_copy(smem_address(norm_weight), args.norm_weight, norm_bytes, row_bar);
-      }
+  exchange.announce(!kHead, norms);
+  Step weight[kSteps];
+  {
+    RawWeight raw;
+    load_raw<kMode>(raw, args, group.slab, warp, lane);
+    const int size = args.norm_is_float ? 4 : 2;
+    if (norms && thread < kSlab * size / 16) {
+      copy16_async(smem_address(memory + L::kWeight) + thread * 16,
+                   static_cast<const char*>(args.norm_weight) + group.slab * kSlab * size + thread * 16, true);
     }
-    __syncwarp();
-    for (int i = lane; second && i < kStreams * kMixes; i += 32) {
-      const int stream = i / kMixes, row = i % kMixes;
-      bulk_copy(smem_address(memory + L::kWeight + (stream * 24 + row) * kPieceBytes),
-                args.fn + ((int64_t)row * kStreams + stream) * args.dim + (rank * kSlabs + 1) * kSlab,
-                kSlab * 4, weight_bar);
-    }
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) split_step(weight[step], raw, step);
   }
-  __syncwarp();
-  cluster_arrive();  // before a block writes to another, all must run
-  RawWeight raw;
-  if (rank * kSlabs < args.slabs) load_raw<kMode>(raw, args, rank * kSlabs, warp, lane);
-  const int record = lane < kRecord ? lane : kRecord - 1;
-  const Affine affine = load_affine<kMode>(args, record);
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  if (second && lane < live) {
-    prefetch(args.x + (first + lane) * args.x_token + warp / 4 * args.x_stream, warp % 4 * 64);
-    if constexpr (kPost) {  // a line holds 64 columns, or 32
-      const int64_t row = (first + lane) * args.a_token;
-      if constexpr (kWide) {
-        if (warp < 8) prefetch(reinterpret_cast<const float*>(args.a) + row, warp * 32);
-      } else if (warp < 4) {
-        prefetch(args.a + row, warp * 64);
-      }
-    }
-  }
-  if (!kPost && thread == 0 && finishes) {
-#pragma unroll
-    for (int s = 0; s < kStreams; ++s) {
-      bulk_copy(smem_address(rows + s * args.dim * 2), args.x + token * args.x_token + s * args.x_stream,
-                args.dim * 2, row_bar);
-    }
-  }
-  cluster_wait();
-  const int stream = warp / 4, column = warp % 4 * 64 + lane_column(lane);
-#pragma unroll
-  for (int n = 0; n < kSlabs; ++n) {
-    const int slab = rank * kSlabs + n;
-    if (slab >= args.slabs) break;
-    uint4 x[2][2] = {};
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int other = half * 8 + lane / 4;  // whose columns this lane feeds to the products
-      if (other < live) {
-        load_columns<kMode, kWide>(x[half], args, first + other, stream, slab * kSlab + column,
-                            smem_address(rows), sum_bar, kCluster - 1 - other);
-      }
-    }
-    if (n > 0) {
-      mbar_wait(weight_bar, 0);
-      load_raw_shared<kMode>(raw, memory + L::kWeight, warp, lane);
-      __syncthreads();  // the partial sums of the slab before have been read
-    }
-    Sums sums[2] = {};
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      Step weight;
-      split_step(weight, raw, step);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t* words = &x[half][step / 2].x;
-        if (half == 0 || live > 8) {
-          mix_step<kMode>(sums[half], weight, words[step % 2 * 2], words[step % 2 * 2 + 1]);
-        }
-      }
-    }
-    store_sums(add_up(sums[0]), partial + warp * kFewSums, lane);
-    if (live > 8) store_sums(add_up(sums[1]), partial + warp * kFewSums + 8 * kRecord, lane);
+  const Affine affine = load_affine<kMode>(args, lane < kStreams ? lane : kSquares);
+  exchange.meet();
+  Columns<kMode> columns(args, memory, group, warp, lane);
+  do {  // a loop, so that the compiler does not put off the cutting
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+  } while (args.few == 0);
+  columns.bring();
+  exchange.start();
+  copies_wait_all();
+  __syncthreads();
+  const char* streams = memory;
+  if constexpr (kMode == Mode::kPostPre) {
+    make_columns(args, memory, group);
+    streams += L::kMade;
     __syncthreads();
-    if (thread < live * kRecord) {
-      float sum = partial[thread];
-#pragma unroll
-      for (int unit = 1; unit < kUnits; ++unit) sum += partial[unit * kFewSums + thread];
-      const uint32_t at = smem_address(slab_sums + slab * kRecord + thread % kRecord);
-      const uint32_t finisher = kCluster - 1 - thread / kRecord;
-      send(remote_address(at, finisher), remote_address(sum_bar, finisher), sum);
-    }
   }
-  if (!finishes || warp > kFinishers / 32) return;
-  mbar_wait(row_bar, 0);
-  mbar_wait(sum_bar, 0);
-  float sum = 0.0f;
-#pragma unroll 8
-  for (int slab = 0; slab < args.slabs; ++slab) sum += slab_sums[slab * kRecord + record];
-  const float squares = __shfl_sync(~0u, sum, kSquares);
-  const float logit = logit_of(args, sum, squares, affine);
-  if (warp == kFinishers / 32) {  // one warp makes what hc_post needs
-    if constexpr (kMode != Mode::kHead) {
-      if (lane >= 4 && lane < 8) args.post[token * 4 + lane - 4] = 2.0f * sigmoid(logit);
-      float c[16];
+  for (int half = 0; half * 8 < group.live; ++half) {
+    const int token = half * 8 + lane / 4, piece = warp % 4 * 8 + lane % 4;
+    uint4 x[2] = {};
 #pragma unroll
-      for (int i = 0; i < 16; ++i) c[i] = __shfl_sync(~0u, logit, 8 + i);
-      finish_comb(c, args.iters, args.eps);
-      if (lane == 0) store_comb(args.comb + token * 16, c);
+    for (int i = 0; i < 2; ++i) {
+      if (token < group.live) {
+        x[i] = *reinterpret_cast<const uint4*>(streams + few_piece(token, warp / 4, piece + i * 4));
+      }
     }
-    return;
+    Sums sums = {};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      mix_step<kMode>(sums, weight[i * 2], x[i].x, x[i].y);
+      mix_step<kMode>(sums, weight[i * 2 + 1], x[i].z, x[i].w);
+    }
+    store_sums(add_up(sums), partial + warp * kFewSums + half * 8 * kRecord, lane);
   }
-  const float gate = sigmoid(logit) + args.eps;
-  float4 pre;
+  __syncthreads();
+  if (thread == kFewThreads - 1) exchange.leave();
+  if (warp < group.live) {  // a warp for a token
+    const float* from = partial + warp * kRecord + (lane < kRecord ? lane : 0);
+    float sum = from[0] + from[kFewSums];
 #pragma unroll
-  for (int s = 0; s < kStreams; ++s) (&pre.x)[s] = __shfl_sync(~0u, gate, s);
-  uint4 collapsed[kChunks];
-  float square = 0.0f;
-#pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    const int column = c * 2048 + thread * 8;
-    collapsed[c] = make_uint4(0, 0, 0, 0);
-    if (column >= args.dim) continue;
+    for (int unit = 2; unit < kUnits; unit += 2) {
+      sum += from[unit * kFewSums] + from[(unit + 1) * kFewSums];
+    }
+    exchange.template send_sums<kHead ? kStreams : 24>(warp, lane, sum);
+    sum = exchange.gate_sums(warp, lane);
+    const float squares = __shfl_sync(~0u, sum, kStreams);
+    const float gate = sigmoid(logit_of(args, sum, squares, affine)) + args.eps;
+    float4 pre;
     uint4 x[kStreams];
 #pragma unroll
     for (int s = 0; s < kStreams; ++s) {
-      x[s] = *reinterpret_cast<const uint4*>(rows + (s * args.dim + column) * 2);
+      (&pre.x)[s] = __shfl_sync(~0u, gate, s);
+      x[s] = *reinterpret_cast<const uint4*>(streams + few_piece(warp, s, lane));
     }
-    collapsed[c] = collapse_columns(pre, x);
-    if (args.norm_weight == nullptr) {
-      *reinterpret_cast<uint4*>(args.out + token * args.dim + column) = collapsed[c];
-      continue;
-    }
-#pragma unroll
-    for (int word = 0; word < 4; ++word) {
-      float low = low_half((&collapsed[c].x)[word]), high = high_half((&collapsed[c].x)[word]);
-      square = fmaf(low, low, square);
-      square = fmaf(high, high, square);
+    const uint4 collapsed = collapse_columns(pre, x);
+    if (norms) {
+      exchange.send_squares(warp, lane, add_lanes(square_of(collapsed)));
+      const float total = add_lanes(exchange.squares(warp, lane));
+      const float factor = rsqrtf(total / static_cast<float>(args.dim) + args.rms_eps);
+      store_normed(args, first + warp, group.slab, memory + L::kWeight, collapsed, factor, lane);
+    } else {
+      *reinterpret_cast<uint4*>(args.out + (first + warp) * args.dim + group.slab * kSlab + lane * 8) =
+          collapsed;
     }
   }
-  if (args.norm_weight == nullptr) return;
-  // From here on as rms_norm_quant.
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) square += __shfl_xor_sync(~0u, square, step);
-  if (lane == 0) norm_partial[warp] = square;
-  named_barrier(1, kFinishers);
-  float total = 0.0f;
-#pragma unroll
-  for (int w = 0; w < kFinishers / 32; ++w) total += norm_partial[w];
-  const float factor = rsqrtf(total / static_cast<float>(args.dim) + args.rms_eps);
-#pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    const int column = c * 2048 + thread * 8;
-    if (column / 256 * 256 >= args.dim) break;  // a whole warp
-    float v[8];
-    uint4 packed;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float weight =
-          args.norm_is_float
-              ? reinterpret_cast<const float*>(norm_weight)[column + i]
-              : __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(norm_weight)[column + i]);
-      const uint32_t word = (&collapsed[c].x)[i / 2];
-      v[i] = (i % 2 ? high_half(word) : low_half(word)) * factor * weight;
+  if constexpr (!kHead) {
+    if (group.finishes() && warp >= kFirstPart && warp < kFirstPart + Exchange::kPartWarps) {
+      finish_factors(args, exchange, first + group.slab, warp - kFirstPart, warp, lane);
     }
-#pragma unroll
-    for (int word = 0; word < 4; ++word) {
-      (&packed.x)[word] = pack_bf16(v[2 * word], v[2 * word + 1]);
-      v[2 * word] = low_half((&packed.x)[word]);
-      v[2 * word + 1] = high_half((&packed.x)[word]);
-    }
-    *reinterpret_cast<uint4*>(args.out + token * args.dim + column) = packed;
-    store_codes(args, token, column, v);
   }
 }
 
-template <Mode kMode, int kSlabs, int kChunks, bool kWide>
+template <Mode kMode, class Exchange>
 cudaError_t launch_few(const Arguments& args, cudaStream_t stream) {
-  const auto kernel = few_kernel<kMode, kSlabs, kChunks, kWide>;
-  const int bytes = FewLayout<kSlabs>::bytes(args.dim);
+  const auto kernel = few_kernel<kMode, Exchange>;
+  const int bytes = FewLayout::kRoom + Exchange::room();
   cudaError_t code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (code == cudaSuccess) {
+  if (code == cudaSuccess && Exchange::kCluster) {
     code = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }
   if (code != cudaSuccess) return code;
   cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = kCluster;
-  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
   // The kernel may start while the one ahead ends: it reads weights, then waits for the rest.
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = args.slabs;
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((unsigned)((args.tokens + args.few - 1) / args.few) * kCluster);
+  config.gridDim = dim3((unsigned)((args.tokens + args.few - 1) / args.few) * args.slabs);
   config.blockDim = dim3(kFewThreads);
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = 2;
+  config.numAttrs = Exchange::kCluster ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, args);
-}
-
-template <Mode kMode, bool kWide>
-cudaError_t start_wide(const Arguments& args, cudaStream_t stream) {
-  return args.slabs <= kCluster ? launch_few<kMode, 1, 2, kWide>(args, stream)
-                                : launch_few<kMode, 2, 4, kWide>(args, stream);
 }
 
 template <Mode kMode>
 cudaError_t start_few(Arguments args, cudaStream_t stream) {
-  args.few = args.tokens <= 8 * kClusters ? 8 : kFewTile;
-  if constexpr (kMode == Mode::kPostPre) {
-    if (args.a_is_float) return start_wide<kMode, true>(args, stream);
+  // Clusters are faster than words, but few of them run at once.
+  if (args.slabs == ByCluster::kSlabs && args.tokens <= kClusterTokens * kClusters) {
+    args.few = (int)((args.tokens + kClusters - 1) / kClusters);
+    return launch_few<kMode, ByCluster>(args, stream);
   }
-  return start_wide<kMode, false>(args, stream);
+  // Groups enough for 64 blocks; if they had more than 8 tokens, as many as run at once.
+  const int64_t groups = kFewBlocks / args.slabs, most = args.groups;
+  args.few = (int)((args.tokens + groups - 1) / groups);
+  if (args.few > 8) args.few = (int)((args.tokens + most - 1) / most);
+  return launch_few<kMode, ByWords>(args, stream);
 }
 
 }  // namespace hc

@@ -111,23 +111,6 @@ __device__ __forceinline__ void load_raw(RawWeight& raw, const Arguments& args, 
   }
 }
 
-// The same from shared memory, where row i of stream s lies at kPieceBytes * (24 s + i).
-constexpr int kPieceBytes = kSlab * 4 + 16;  // shifts rows by four banks
-template <Mode kMode>
-__device__ __forceinline__ void load_raw_shared(RawWeight& raw, const char* from, int unit, int lane) {
-  constexpr int kMixes = kMode == Mode::kHead ? kStreams : 24;
-  from += (unit / 4 * 24 + lane / 4) * kPieceBytes + (unit % 4 * 64 + lane_column(lane)) * 4;
-#pragma unroll
-  for (int i = 0; i < 3; ++i) {
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const char* at = from + i * 8 * kPieceBytes + (step / 2 * 32 + step % 2 * 4) * 4;
-      raw.row[i][step] = lane / 4 + 8 * i < kMixes ? *reinterpret_cast<const float4*>(at)
-                                                   : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    }
-  }
-}
-
 // Fragments of one step: rows 0..15 in three parts; rows 16..23 as (high over middle) and (low over zeros).
 struct Step {
   uint32_t first[3][4];

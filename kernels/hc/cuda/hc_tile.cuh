@@ -9,14 +9,18 @@ namespace hc {
 
 constexpr int kTile = 16;  // tokens
 constexpr int kSums = kRecord * kTile;
+constexpr int kMixes = 24;
+constexpr int kUnitSums = kTile * (kMixes + 1);  // of a unit: the mixes of each token, then the squares
+constexpr int kAdders = kUnitSums / 4;           // threads that add up four sums each
 constexpr int kMixWarps = 8;  // two units each
 constexpr int kMixers = kMixWarps * 32;
-constexpr int kColumnWarps = 4;  // make the streams, collapse; kPart tokens of a tile each
+constexpr int kColumnWarps = 4;  // collapse kPart tokens of a tile each
 constexpr int kPart = kTile / kColumnWarps;
 constexpr int kServers = 3;      // finish the tokens that the block owns, each every third tile
 constexpr int kAllThreads = kMixers + (kColumnWarps + 1 + kServers) * 32;
-constexpr int kTogether = 8;  // words that a server waits for at once
-constexpr int kRing = 8;   // tiles whose words are kept; more than there are stages
+constexpr int kTogether = 8;  // slabs whose words a server waits for at once
+constexpr int kRing = 8;      // tiles whose words are kept: those of all stages and two more
+constexpr int kHeldTiles = 2;  // whose collapsed rows wait for their norm
 constexpr int kSides = 2;  // of a and the factors, which are free once the streams are made
 constexpr int kStreamBytes = kSlab * 2;
 // A tile lies as four boxes of 64 columns. A row of 128 bytes holds those of a token's stream, its 16-byte
@@ -28,14 +32,24 @@ constexpr int kStageBytes = kBoxes * kBoxBytes;
 constexpr int kFactorBytes = (kStreams + 16) * 4;
 constexpr int kSideBytes = kTile * (kStreamBytes + kFactorBytes);
 
+// Registers of a thread of the mixing warps, the column warps, the others: no role may spill.
 template <Mode kMode>
+struct Registers {
+  static constexpr bool kPost = kMode == Mode::kPostPre;
+  static constexpr int kMix = kPost ? 208 : 200, kColumns = kPost ? 56 : 64, kOthers = kPost ? 40 : 48;
+  static_assert((2 * kMix + kColumns + kOthers) * 128 <= 64 * 1024, "registers of a multiprocessor");
+};
+
+template <Mode kMode, bool kNorm>
 struct Layout {
   static constexpr int kStages = kMode == Mode::kPostPre ? 5 : 6;  // tiles of streams
-  static constexpr int kLag = kMode == Mode::kPostPre ? 2 : 0;  // tiles from streams made to collapsed
   static constexpr int kSide = kStages * kStageBytes;
   static constexpr int kPartial = kSide + (kMode == Mode::kPostPre ? kSides * kSideBytes : 0);
-  static constexpr int kFull = kPartial + kUnits * kSums * 4;  // per stage: loaded, made, free
-  static constexpr int kBytes = kFull + 3 * kStages * 8;
+  static constexpr int kHeld = kPartial + kMixWarps * kUnitSums * 4;  // collapsed rows before their norm
+  static constexpr int kWeight = kHeld + (kNorm ? kHeldTiles * kTile * kStreamBytes : 0);  // of the norm
+  static constexpr int kFull = kWeight + (kNorm ? kSlab * 4 : 0);
+  // Per stage: loaded; streams made; sums sent; free.
+  static constexpr int kBytes = kFull + 4 * kStages * 8;
   static_assert(kBytes <= 227 * 1024, "shared memory of one block");
 };
 
@@ -55,18 +69,42 @@ struct Share {
   uint32_t epoch;
 };
 
+__device__ __forceinline__ void barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Two words that lie together.
+__device__ __forceinline__ void store_words(uint64_t* p, float2 values, uint32_t tag) {
+  const uint64_t high = (uint64_t)tag << 32;
+  asm volatile("st.relaxed.gpu.global.v2.u64 [%0], {%1, %2};" ::"l"(p),
+               "l"(high | __float_as_uint(values.x)), "l"(high | __float_as_uint(values.y))
+               : "memory");
+}
+// The word again unless it has the tag: a load without a branch, so that several are under way at once.
+__device__ __forceinline__ void load_again(uint64_t& word, const uint64_t* p, uint32_t tag) {
+  asm volatile(
+      "{\n.reg .pred missing;\n.reg .b32 low, high;\nmov.b64 {low, high}, %0;\n"
+      "setp.ne.u32 missing, high, %2;\n@missing ld.relaxed.gpu.global.u64 %0, [%1];\n}\n"
+      : "+l"(word)
+      : "l"(p), "r"(tag)
+      : "memory");
+}
+__device__ __forceinline__ bool has_tag(uint64_t word, uint32_t tag) { return word >> 32 == tag; }
+__device__ __forceinline__ float value_of(uint64_t word) { return __uint_as_float((uint32_t)word); }
+
 // Where the words of tile i lie: sums for the owner of each token, [group, slot, token, slab, record];
-// factors behind all of them, [group, slot, token, stream].
+// behind all of them, factors [group, slot, token, stream]; behind these, squares of the collapsed rows
+// [group, slot, token, slab].
 struct Words {
-  uint64_t *sums, *factors;
+  uint64_t *sums, *factors, *squares;
   uint32_t tag;
 };
 __device__ __forceinline__ Words words_of(const Arguments& args, const Share& share, int i) {
   uint64_t* ring = reinterpret_cast<uint64_t*>(args.ring);
-  int slot = share.group * kRing + i % kRing;
-  return {ring + (int64_t)slot * args.slabs * kSums,
-          ring + (int64_t)args.groups * kRing * args.slabs * kSums + slot * kTile * kStreams,
-          share.epoch + i / kRing + 1};
+  const int slot = share.group * kRing + i % kRing, slots = args.groups * kRing;
+  uint64_t* factors = ring + (int64_t)slots * args.slabs * kSums;
+  return {ring + (int64_t)slot * args.slabs * kSums, factors + slot * kTile * kStreams,
+          factors + slots * kTile * kStreams + slot * kTile * args.slabs, share.epoch + i / kRing + 1};
 }
 
 // Where eight columns, a piece of 0..31, of a token's stream lie in a tile.
@@ -80,26 +118,33 @@ struct Maps {
   CUtensorMap x, a, streams;
 };
 
+// What passes through once shall not push the words of other blocks out of L2.
+__device__ __forceinline__ uint64_t evict_first() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+  return policy;
+}
 __device__ __forceinline__ void load_box(uint32_t smem, const CUtensorMap* map, int column, int token,
                                          uint32_t bar) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(smem),
-      "l"(map), "r"(bar), "r"(column), "r"(0), "r"(token)
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(smem),
+      "l"(map), "r"(bar), "r"(column), "r"(0), "r"(token), "l"(evict_first())
       : "memory");
 }
 __device__ __forceinline__ void load_rows(uint32_t smem, const CUtensorMap* map, int column, int token,
                                           uint32_t bar) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%3, %4}], [%2];" ::"r"(smem),
-      "l"(map), "r"(bar), "r"(column), "r"(token)
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(smem),
+      "l"(map), "r"(bar), "r"(column), "r"(token), "l"(evict_first())
       : "memory");
 }
 __device__ __forceinline__ void store_box(const CUtensorMap* map, uint32_t smem, int column, int token) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
-      "r"(smem), "r"(column), "r"(0), "r"(token)
+      "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group.L2::cache_hint"
+      " [%0, {%2, %3, %4}], [%1], %5;" ::"l"(map),
+      "r"(smem), "r"(column), "r"(0), "r"(token), "l"(evict_first())
       : "memory");
 }
 __device__ __forceinline__ void stores_end() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }

@@ -132,7 +132,6 @@ __global__ void __launch_bounds__(S::kThreads, 1) few_kernel(
   // The ring is free once the block's products are done. The last blocks choose: all others have started.
   float* scores = reinterpret_cast<float*>(shared);
   uint32_t* keys = reinterpret_cast<uint32_t*>(scores + kMostExperts);
-  uint64_t* room = reinterpret_cast<uint64_t*>(keys + kMostExperts);
   const int segments = (product.k_steps + product.segment_steps - 1) / product.segment_steps;
   for (int row = gridDim.x - 1 - blockIdx.x; row < product.rows; row += gridDim.x) {
     int expert = args.table == nullptr || warp > 0 ? 0 : listed(args, row, lane);
@@ -163,7 +162,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) few_kernel(
           const uint4 four = *reinterpret_cast<const uint4*>(keys + lane * kPer + j);
           key[j] = four.x, key[j + 1] = four.y, key[j + 2] = four.z, key[j + 3] = four.w;
         }
-        expert = choose<kPer>(key, args.k, lane, room);
+        expert = choose_in_turn<kPer>(key, args.k, lane);
       }
       store_row(args, row, lane, expert, lane < args.k && expert >= 0 ? scores[expert] : 0.0f);
     }

@@ -133,8 +133,14 @@ int start_rows(const Source& source, const Output& out, int64_t rows, int k, int
   return start_unrolled<1>(source, out, rows, k, blocks, col_offset, wide, stream);
 }
 
-// One block of threads a row; thread t holds columns 8 t .. of every 2048. The sum of squares is taken
-// in an order that only k decides.
+__device__ __forceinline__ float add_lanes(float value) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, step);
+  return value;
+}
+
+// One block of threads a row; thread t holds columns 8 t .. of every 2048. The squares of 256 columns, a
+// warp's, are added first, then these sums: kernels/hc, which has them in different blocks, does the same.
 template <typename T, typename W, int Chunks>
 __global__ void __launch_bounds__(kThreads) norm_kernel(
     const T* __restrict__ x, const int64_t x_stride, const W* __restrict__ weight, T* __restrict__ normed,
@@ -142,25 +148,22 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(
   await_inputs();
   const int64_t row = blockIdx.x;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, blocks = (k + 127) / 128;
-  __shared__ float partial[kWarps];
+  __shared__ float partial[kWarps * Chunks];
   float v[Chunks][8];
-  float sum = 0.0f;
 #pragma unroll
   for (int c = 0; c < Chunks; ++c) {
+    float sum = 0.0f;
     const Raw<T> raw = load8(x + row * x_stride, c * 2048 + threadIdx.x * 8, k, true);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       v[c][i] = raw[i];
       sum = fmaf(v[c][i], v[c][i], sum);
     }
+    sum = add_lanes(sum);
+    if (lane == 0) partial[c * kWarps + warp] = sum;
   }
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
-  if (lane == 0) partial[warp] = sum;
   __syncthreads();
-  float total = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kWarps; ++i) total += partial[i];
+  const float total = add_lanes(lane < kWarps * Chunks ? partial[lane] : 0.0f);
   const float factor = rsqrtf(total / static_cast<float>(k) + eps);
 #pragma unroll
   for (int c = 0; c < Chunks; ++c) {
