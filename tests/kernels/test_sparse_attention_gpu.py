@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels import CacheDtype, EntryPages, WindowRing, WindowRows
 from kernels.merge_lse import cuda_impl as merge
 from kernels.merge_lse import reference as merge_reference
+from kernels.page_cache import reference as pages
 from kernels.sparse_attention import cuda_impl, reference
 from tests.kernels.attention_gpu import causal_rows, error, random_entries, random_ring
 
@@ -114,6 +115,17 @@ def test_decode_around_the_length_of_a_chunk(keys: int, heads: int) -> None:
     if keys > window:
         entries = random_entries(3, seqs=3, blocks=3, per_page=64, topk=keys - window, full=True)
     check(queries(3, heads), random_ring(3, window, CacheDtype.FP8), entries, None)
+
+
+@pytest.mark.parametrize("heads", [16, 64])
+def test_decode_of_entries_whose_scales_are_beyond_the_factors_of_one_product(heads: int) -> None:
+    entries = random_entries(9, seqs=3, blocks=7, per_page=16, topk=64)
+    slots = torch.arange(entries.pool.shape[0] * 16, device="cuda")
+    powers = torch.randint(10, 20, (len(slots), 1), device="cuda").float()
+    rows = torch.randn(len(slots), 512, device="cuda") * torch.exp2(powers)
+    pages.store_entries(entries.pool, entries.layout, slots, rows.to(torch.bfloat16))
+    q = queries(9, heads) * 2**-19
+    check(q, random_ring(9, 50, CacheDtype.FP8), entries, torch.randn(heads, device="cuda"))
 
 
 def rows_of(x: Any, rows: slice) -> Any:

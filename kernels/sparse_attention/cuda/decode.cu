@@ -1,12 +1,13 @@
 // sparse_attention over paged keys (decode). Contract: kernels/sparse_attention/api.py.
 //
 // The keys of a query (window slots, then entries) are cut into chunks of 160 (80 for at most 16 heads, whose kernel
-// is in decode_narrow.cuh) at fixed places. Persistent blocks take one (row, 64 heads, chunk) after the other:
-// warpgroup w copies 80 keys to shared memory, a row of bytes per warp access, decodes them to bfloat16 there as they
-// arrive, in two parts, multiplies the queries with one part while it decodes the next, and owns half w of the output
-// columns for all 160 keys. The next chunk's copies start before the last results are stored. A row of one chunk
-// is finished at once; the chunks of a longer row leave their sums (bfloat16) and maxima to a second kernel. Which of
-// the two happens depends on the row alone.
+// is in decode_narrow.cuh) at fixed places. Persistent blocks take one (row, 64 heads, chunk) after the other. Five
+// warpgroups have 32 keys each. Their first warps find the keys, and they send for the entries one after the other:
+// copies arrive in that order, and while later ones are under way, warpgroups decode their keys, and one of two
+// multiplies the queries with the keys of both (the queries are read half as often). Probabilities go through shared
+// memory; warpgroups 0..3 own 128 output columns each, for all keys, and the last one adds up, finishes what is one
+// number a head, and finds the next item. A row of one chunk is finished at once; the chunks of a longer row leave
+// their sums (bfloat16) and maxima to a second kernel. Which of the two happens depends on the row alone.
 #include "decode_merge.cuh"
 #include "decode_narrow.cuh"
 #include "decode_plan.cuh"
@@ -19,99 +20,118 @@
 
 namespace causeway {
 
-constexpr int kThreads = 256;
+constexpr int kParts = (kTiles + 1) / 2;  // of the keys, whose scores one warpgroup makes: two tiles, or the last
+constexpr int kThreads = kTiles * 128;
 constexpr int kQuerySubtile = kHeadTile * 128;
+constexpr int kKeySubtile = kChunk * 128;
 
 struct DecodeSmem {
-  alignas(1024) uint8_t q[kHeadTile * kDim * 2];  // later the probabilities of both tiles
-  uint8_t keys[2][kTileBytes];
-  float top[2][kHeadTile];
-  float total[2][kHeadTile];
-  int32_t page[2][kTileKeys];  // -1: no key
-  uint64_t queries;            // barrier: they have arrived
+  union {
+    alignas(1024) uint8_t q[kHeadTile * kDim * 2];
+    struct {  // once all products with the queries are over
+      uint8_t p[3 * kHeadTile * 128];
+      float total[kParts][kHeadTile];
+    };
+  };
+  uint8_t keys[kChunk * kDim * 2];
+  union {
+    const uint8_t* entries[kChunk];  // to be copied
+    float top[kParts][kHeadTile];
+  };
+  float factor[kHeadTile];
+  KeyTable<kChunk> table;
+  Item next;         // row -1: there is none
+  uint64_t queries;  // barrier: they have arrived
 };
+static_assert(sizeof(DecodeSmem) <= 227 * 1024);
 
-__device__ __forceinline__ void copy_queries(DecodeSmem& s, const CUtensorMap* map, const Item& it) {
+// Box `part` of eight of an item's queries.
+__device__ __forceinline__ void copy_queries(DecodeSmem& s, const CUtensorMap* map, const Item& it, int part) {
   uint32_t bar = smem_address(&s.queries), to = smem_address(s.q);
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"((uint32_t)sizeof(s.q))
-               : "memory");
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to + j * kQuerySubtile),
-        "l"(map), "r"(bar), "r"(64 * j), "r"(it.tile * kHeadTile), "r"(it.row)
-        : "memory");
-  }
+  expect_bytes(bar, kQuerySubtile);
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to + part * kQuerySubtile),
+      "l"(map), "r"(bar), "r"(64 * part), "r"(it.tile * kHeadTile), "r"(it.row)
+      : "memory");
 }
 
-// Scores of 40 keys, sums z[kFirst]..; the product is under way on return.
-template <int kFirst>
-__device__ __forceinline__ void multiply_queries(float (&z)[40], uint64_t q, uint64_t keys) {
+// Probabilities of 8 kColumns keys, from those of this warpgroup on, to shared memory (over the queries).
+template <int kColumns>
+__device__ __forceinline__ void weigh(DecodeSmem& s, const DecodeArgs& a, int group) {
+  float z[4 * kColumns] = {};
   wgmma_fence();
+  uint64_t q = desc_k_major(smem_address(s.q)), keys = desc_k_major(smem_address(s.keys) + group * (kTileKeys * 128));
 #pragma unroll
   for (int k = 0; k < 32; ++k) {
-    mma_m64n40k16_ss<kFirst>(z, desc_advance(q, (k / 4) * kQuerySubtile + (k & 3) * 32),
-                             desc_advance(keys, (k / 4) * kKeySubtile + (k & 3) * 32), k > 0);
+    uint64_t queries = desc_advance(q, (k / 4) * kQuerySubtile + (k & 3) * 32);
+    uint64_t values = desc_advance(keys, (k / 4) * kKeySubtile + (k & 3) * 32);
+    if constexpr (kColumns == 8) {
+      mma_m64n64k16_ss(z, queries, values, k > 0);
+    } else {
+      mma_m64n32k16_ss(z, queries, values, k > 0);
+    }
   }
   wgmma_commit();
-}
-
-// Probabilities of this warpgroup's keys, to registers and to shared memory (over the queries).
-__device__ __forceinline__ void exponentiate(DecodeSmem& s, const DecodeArgs& a, int group, const float (&z)[40],
-                                             uint32_t (&p)[20]) {
-  int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3, t = lane & 3;
+  wgmma_wait<0>();
+  fence_regs(z);
+  int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3, t = lane & 3, part = group / 2;
   int line = 16 * warp + (lane >> 2);
-  uint32_t to = smem_address(s.q), exists = 0;
-  float factor = a.scale * kLog2e, best[2] = {kNegInf, kNegInf}, total[2] = {0.0f, 0.0f};
+  uint32_t to = smem_address(s.p) + part * kQuerySubtile;
 #pragma unroll
-  for (int j = 0; j < 10; ++j) {
-    int2 page = *reinterpret_cast<const int2*>(&s.page[group][8 * j + 2 * t]);
-    exists |= (page.x >= 0 ? 1u << (2 * j) : 0u) | (page.y >= 0 ? 2u << (2 * j) : 0u);
+  for (int h = 0; h < kColumns / 4; ++h) {
+    uint32_t exists = *reinterpret_cast<const uint32_t*>(&s.table.exists[4 * (group + h)]);
+    if (exists == ~0u) continue;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      if (!(exists >> (8 * (i / 4) + 2 * t + (i & 1)) & 1)) z[16 * h + i] = kNegInf;
+    }
   }
-  auto score = [&](int i, int j, int k) { return exists >> (2 * j + k) & 1 ? z[4 * j + 2 * i + k] : kNegInf; };
+  float factor = a.scale * kLog2e, best[2] = {kNegInf, kNegInf};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
 #pragma unroll
-    for (int j = 0; j < 10; ++j) best[i] = fmaxf(best[i], fmaxf(score(i, j, 0), score(i, j, 1)));
+    for (int j = 0; j < kColumns; ++j) best[i] = fmaxf(best[i], fmaxf(z[4 * j + 2 * i], z[4 * j + 2 * i + 1]));
     best[i] = fmaxf(best[i], __shfl_xor_sync(~0u, best[i], 1));
     best[i] = fmaxf(best[i], __shfl_xor_sync(~0u, best[i], 2)) * factor;
-    if (t == 0) s.top[group][line + 8 * i] = best[i];
+    if (t == 0) s.top[part][line + 8 * i] = best[i];
   }
   __syncthreads();  // all products with s.q are over: it takes the probabilities now
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     int r = line + 8 * i;
-    float top = fmaxf(s.top[0][r], s.top[1][r]), shift = top == kNegInf ? 0.0f : top;
+    float top = kNegInf, total = 0.0f;
 #pragma unroll
-    for (int j = 0; j < 10; ++j) {
-      float x = exp2_fast(fmaf(score(i, j, 0), factor, -shift));
-      float y = exp2_fast(fmaf(score(i, j, 1), factor, -shift));
-      total[i] += x + y;
-      p[2 * j + i] = pack_bf16(x, y);
-      store_shared(to + (2 * group + j / 8) * kQuerySubtile + swizzled(r, j & 7) + 4 * t, p[2 * j + i]);
+    for (int g = 0; g < kParts; ++g) top = fmaxf(top, s.top[g][r]);
+    float shift = top == kNegInf ? 0.0f : top;
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      float x = exp2_fast(fmaf(z[4 * j + 2 * i], factor, -shift));
+      float y = exp2_fast(fmaf(z[4 * j + 2 * i + 1], factor, -shift));
+      total += x + y;
+      store_shared(to + swizzled(r, j) + 4 * t, pack_bf16(x, y));
     }
-    total[i] += __shfl_xor_sync(~0u, total[i], 1);
-    total[i] += __shfl_xor_sync(~0u, total[i], 2);
-    if (t == 0) s.total[group][r] = total[i];
+    total += __shfl_xor_sync(~0u, total, 1);
+    total += __shfl_xor_sync(~0u, total, 2);
+    if (t == 0) s.total[part][r] = total;
   }
   fence_async_proxy();
 }
 
-// Half of this warpgroup's columns, for the keys of one tile.
-__device__ __forceinline__ void multiply_own(float (&acc)[64], const uint32_t (&p)[20], uint64_t values) {
+// A head's maximum and sum: factor of its result.
+__device__ __forceinline__ void finish_line(DecodeSmem& s, const DecodeArgs& a, const Item& it, int line) {
+  int head = it.tile * kHeadTile + line;
+  float top = kNegInf, total = 0.0f, factor = 1.0f;
 #pragma unroll
-  for (int k = 0; k < 5; ++k) {
-    mma_m64n128k16_rs_t(acc, p[4 * k], p[4 * k + 1], p[4 * k + 2], p[4 * k + 3], desc_advance(values, k * 2048), k > 0);
+  for (int g = 0; g < kParts; ++g) top = fmaxf(top, s.top[g][line]), total += s.total[g][line];
+  if (head >= a.heads) return;
+  if (it.chunks == 1) {
+    factor = finish(a, it.row, head, top, total, true);
+  } else {
+    a.stats[(((int64_t)it.row * a.tiles + it.tile) * a.chunks + it.chunk) * a.tile_heads + line] =
+        make_float2(top, total);
   }
-}
-__device__ __forceinline__ void multiply_other(float (&acc)[64], uint64_t p, uint64_t values) {
-#pragma unroll
-  for (int k = 0; k < 5; ++k) {
-    uint32_t at = (k / 4) * kQuerySubtile + (k & 3) * 32;
-    mma_m64n128k16_ss_t(acc, desc_advance(p, at), desc_advance(values, k * 2048), 1);
-  }
-  wgmma_commit();
+  s.factor[line] = factor;
 }
 
 // kPlain: pages other than fp8 ones at multiples of 16 bytes.
@@ -121,126 +141,124 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) uint8_t smem[];
   DecodeSmem& s = *reinterpret_cast<DecodeSmem*>(smem);
   if (smem_address(smem) & 1023) __trap();
-  int group = __shfl_sync(~0u, (int)threadIdx.x / 128, 0);
-  int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3, t = lane & 3;
-  uint32_t q = smem_address(s.q), own = smem_address(s.keys) + group * kTileBytes, parity = 0;
-  uint32_t other = smem_address(s.keys) + (1 - group) * kTileBytes;
-  bool lists = lane < kWarpKeys;
-  int own_row = warp_row(warp, lists ? lane : 0), at_in_chunk = group * kTileKeys + own_row;
-  auto row_of = [&](int k) { return warp_row(warp, k); };
+  int group = __shfl_sync(~0u, (int)threadIdx.x / 128, 0), lane = threadIdx.x & 31;
+  int warp = __shfl_sync(~0u, (int)threadIdx.x / 32 % 4, 0);
+  uint32_t keys = smem_address(s.keys), parity = 0;
+  bool lists = warp == 0;
+  int own_key = kTileKeys * group + lane;  // of a thread that lists
   if (threadIdx.x == 0) {
-    mbar_init(smem_address(&s.queries), 1);
+    mbar_init(smem_address(&s.queries), 8);
+    for (uint64_t& bar : s.table.landed) mbar_init(smem_address(&bar), 2);
     mbar_fence_init();
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&query_map) : "memory");
   }
+  Walk<kChunk> walk;
+  if (lists) walk.warm(a, blockIdx.x, own_key);
   __syncthreads();
   cudaGridDependencySynchronize();  // launched early: the inputs are there from here on
   cudaTriggerProgrammaticLaunchCompletion();
 
-  Walk<kChunk> walk;
-  Item it;
-  int number = blockIdx.x;
-  // The next item that exists, and the key that this thread lists of it.
-  auto find = [&](Item& item, int64_t& key) {
-    for (;; number += gridDim.x) {
-      if (!walk.find(a, number, lists ? at_in_chunk : -1, item, key)) return false;
-      if (item.chunk < item.chunks) return true;
-    }
-  };
-  WarpEntries<kWarpKeys> entries;
-  Place place = {-1, 0};
-  // Sends for an item's queries and keys; shared memory is free.
-  auto start = [&] {
-    if (threadIdx.x == 0) copy_queries(s, &query_map, it);
-    if (lists) s.page[group][own_row] = place.page;
-    if constexpr (!kPlain) entries.load(a, place, it.chunk * kChunk + at_in_chunk, own, row_of);
-  };
-  int64_t key;
-  bool more = find(it, key);
-  if (more) {
-    if (lists) place = locate_key(a, it, it.chunk * kChunk + at_in_chunk, key);
-    start();
-  }
-  while (more) {
-    uint64_t q_desc = desc_k_major(q), keys = desc_k_major(own);
-    float z[40];
-    if constexpr (kPlain) {
-      read_entries<kWarpKeys>(a, place, it.chunk * kChunk + at_in_chunk, own, row_of);
-    } else {
-      entries.template decode<0>(own, row_of);
-    }
-    Item next = it;
-    number += gridDim.x;
-    fence_async_proxy();
-    mbar_wait(smem_address(&s.queries), parity);
-    parity ^= 1;
-    named_barrier(1 + group, 128);
-    fence_regs(z);
-    multiply_queries<0>(z, q_desc, keys);
-    if constexpr (!kPlain) {
-      entries.template decode<kPartEntries>(own, row_of);
-      fence_async_proxy();
+  Item it = {};
+  // Sends for this warpgroup's keys of an item, after the warpgroup before it. Shared memory is free.
+  auto send = [&](Place place) {
+    if (group == kTiles - 1 && warp == 1 && lane < 8) copy_queries(s, &query_map, it, lane);
+    __syncwarp();
+    auto copy = [&] {
       named_barrier(1 + group, 128);
-    }
-    multiply_queries<20>(z, q_desc, desc_advance(keys, kPartKeys * 128));
-    wgmma_wait<0>();
-    fence_regs(z);
-    uint32_t p[20];
-    exponentiate(s, a, group, z, p);
-
-    float left[64], right[64];  // halves of this warpgroup's columns
-    fence_regs(left);
-    fence_regs(right);
-    wgmma_fence();
-    uint64_t values = desc_mn_major(own + 4 * group * kKeySubtile, kKeySubtile);
-    multiply_own(left, p, values);
-    multiply_own(right, p, desc_advance(values, 2 * kKeySubtile));
-    wgmma_commit();
-    __syncthreads();
-    fence_async_proxy();
-    wgmma_fence();
-    uint64_t p_desc = desc_k_major(q + 2 * (1 - group) * kQuerySubtile);
-    values = desc_mn_major(other + 4 * group * kKeySubtile, kKeySubtile);
-    multiply_other(left, p_desc, values);
-    multiply_other(right, p_desc, desc_advance(values, 2 * kKeySubtile));
-    more = find(next, key);  // while the products run
-    place = {-1, 0};
-    if (more && lists) {
-      int next_at = next.chunk * kChunk + at_in_chunk;
-      place = locate_key(a, next, next_at, key);
-      if constexpr (!kPlain) prefetch_entry(a, next_at, place);
-    }
-
-    __nv_bfloat16* to[2];
-    float factor[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      int line = 16 * warp + (lane >> 2) + 8 * i, head = it.tile * kHeadTile + line;
-      bool real = head < a.heads, writes = real && group == 0 && t == 0;
-      float top = fmaxf(s.top[0][line], s.top[1][line]), total = s.total[0][line] + s.total[1][line];
-      factor[i] = 1.0f;
-      if (it.chunks == 1) {
-        factor[i] = real ? finish(a, it.row, head, top, total, writes) : 0.0f;
-        to[i] = a.o + ((int64_t)it.row * a.heads + head) * kDim;
+      if (group > 0) named_barrier(kTiles + group, 256);
+      if constexpr (kPlain) {
+        if (lane == 0) mbar_arrive(smem_address(&s.table.landed[4 * group + warp]));
       } else {
-        int64_t slot = (((int64_t)it.row * a.tiles + it.tile) * a.chunks + it.chunk) * a.tile_heads + line;
-        if (writes) a.stats[slot] = make_float2(top, total);
-        to[i] = a.partial + slot * kDim;
+        send_group<kChunk>(s.table, s.entries, keys, 4 * group + warp);
       }
-      to[i] = real ? to[i] + group * 256 : nullptr;
+      if (group < kTiles - 1) named_barrier_arrive(kTiles + group + 1, 256);
+    };
+    if (lists) {
+      list_key<kPlain>(s.table, s.entries, a, place, own_key, it.chunk * kChunk + own_key, copy);
+    } else {
+      copy();
     }
-    wgmma_wait<1>();
-    fence_regs(left);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) store_output(left, factor[i], i, to[i]);
-    wgmma_wait<0>();
-    fence_regs(right);
-    if (more) {
-      __syncthreads();  // nobody reads shared memory of this item any more
-      it = next;
-      start();
+  };
+  int64_t key = -1;
+  if (lists) {
+    if (!walk.find_existing(a, blockIdx.x, own_key, it, key)) it.row = -1;
+    if (threadIdx.x == 0) s.next = it;
+  }
+  __syncthreads();
+  it = s.next;
+  if (it.row >= 0) {
+    Place place = {-1, 0};
+    if (lists) place = locate_key(a, it, it.chunk * kChunk + own_key, key);
+    send(place);
+  }
+  while (it.row >= 0) {
+    if constexpr (kPlain) {
+      read_group<kChunk>(s.table, a, keys, 4 * group + warp, it.chunk, parity);
+    } else {
+      decode_group<kChunk>(s.table, keys, 4 * group + warp, parity);
     }
+    fence_async_proxy();
+    if (group % 2 == 1) {
+      named_barrier_arrive(2 * kTiles + group, 256);
+      __syncthreads();
+    } else {
+      mbar_wait(smem_address(&s.queries), parity);
+      if (group < kTiles - 1) {
+        named_barrier(2 * kTiles + group + 1, 256);
+        weigh<8>(s, a, group);
+      } else {
+        named_barrier(1 + group, 128);
+        weigh<4>(s, a, group);
+      }
+    }
+    parity ^= 1;
+    __syncthreads();
+    uint64_t p = desc_k_major(smem_address(s.p));
+
+    // What comes after the last product: the next item's copies, if there is one.
+    auto go_on = [&] {
+      it = s.next;
+      if (it.row >= 0) send(s.table.places[own_key]);
+    };
+    if (group == kTiles - 1) {
+      if (threadIdx.x % 128 < kHeadTile) finish_line(s, a, it, threadIdx.x % 128);
+      named_barrier_arrive(2 * kTiles, kThreads);
+      find_next<kChunk, 128, kPlain>(s.next, s.table.places, a, walk, it.number + gridDim.x);
+      __syncthreads();
+      go_on();
+    } else {  // columns 128 group..+127; the first half is stored while the other is multiplied
+      float left[32] = {}, right[32] = {};
+      wgmma_fence();
+      auto multiply = [&](float(&sum)[32], int half) {
+        uint64_t values = desc_mn_major(keys + (2 * group + half) * kKeySubtile, kKeySubtile);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) store_output(right, factor[i], i, to[i] ? to[i] + 128 : nullptr);
+        for (int k = 0; k < kChunk / 16; ++k) {
+          mma_m64n64k16_ss_t(sum, desc_advance(p, (k / 4) * kQuerySubtile + (k & 3) * 32),
+                             desc_advance(values, k * 2048), k > 0);
+        }
+        wgmma_commit();
+      };
+      multiply(left, 0);
+      multiply(right, 1);
+      int line = 16 * warp + lane / 4, lines = a.heads - it.tile * kHeadTile;
+      int64_t slot = it.chunks == 1 ? (int64_t)it.row * a.heads + it.tile * kHeadTile
+                                    : (((int64_t)it.row * a.tiles + it.tile) * a.chunks + it.chunk) * a.tile_heads;
+      __nv_bfloat16* to = (it.chunks == 1 ? a.o : a.partial) + (slot + line) * kDim + 128 * group;
+      named_barrier(2 * kTiles, kThreads);  // the factors are there
+      float factor[2] = {s.factor[line], s.factor[line + 8]};
+      auto store = [&](const float(&sum)[32], int half) {
+        store_output(sum, factor[0], 0, line < lines ? to + 64 * half : nullptr);
+        store_output(sum, factor[1], 1, line + 8 < lines ? to + 8 * kDim + 64 * half : nullptr);
+      };
+      wgmma_wait<1>();
+      fence_regs(left);
+      store(left, 0);
+      wgmma_wait<0>();
+      fence_regs(right);
+      __syncthreads();  // nobody reads this item's keys and probabilities any more
+      go_on();
+      store(right, 1);
+    }
   }
 }
 
@@ -295,10 +313,10 @@ extern "C" int causeway_attend_decode(const void* q, int64_t q_row, int64_t q_he
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3((unsigned)blocks);
   config.stream = stream;
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = attributes;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
   config.numAttrs = 1;
   auto launch = [&](auto kernel, int threads, int bytes, auto... arguments) {
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
@@ -309,13 +327,7 @@ extern "C" int causeway_attend_decode(const void* q, int64_t q_row, int64_t q_he
   };
   cudaError_t error;
   if (narrow) {
-    if (kMergeInCluster && !plain && items == blocks && chunks > 1 && chunks <= kClusterChunks) {
-      attributes[1].id = cudaLaunchAttributeClusterDimension;
-      attributes[1].val.clusterDim = {(unsigned)chunks, 1, 1};
-      config.numAttrs = 2;
-      return (int)launch(decode_narrow_kernel<false, true>, kNarrowThreads, sizeof(NarrowSmem), a);
-    }
-    auto kernel = plain ? decode_narrow_kernel<true, false> : decode_narrow_kernel<false, false>;
+    auto kernel = plain ? decode_narrow_kernel<true> : decode_narrow_kernel<false>;
     error = launch(kernel, kNarrowThreads, sizeof(NarrowSmem), a);
   } else {
     CUtensorMap query_map;
@@ -324,9 +336,11 @@ extern "C" int causeway_attend_decode(const void* q, int64_t q_row, int64_t q_he
     error = launch(plain ? decode_kernel<true> : decode_kernel<false>, kThreads, sizeof(DecodeSmem), a, query_map);
   }
   if (error != cudaSuccess || chunks == 1) return (int)error;
-  config.gridDim = dim3((unsigned)(rows * heads));
-  config.blockDim = dim3(64);
-  config.dynamicSmemBytes = chunks * sizeof(float2);
+  bool many = heads % kMergeHeads == 0 && rows * heads >= 8 * processors && chunks <= 1024;
+  unsigned merged = many ? kMergeHeads : 1;
+  config.gridDim = dim3((unsigned)(rows * heads) / merged);
+  config.blockDim = dim3(64, merged);
+  config.dynamicSmemBytes = merged * chunks * sizeof(float2);
   auto merge = narrow ? merge_chunks_kernel<kNarrowKeys> : merge_chunks_kernel<kChunk>;
   return (int)cudaLaunchKernelEx(&config, merge, a);
 }

@@ -27,13 +27,17 @@ struct ColumnSum {
   }
 };
 
+constexpr int kMergeHeads = 4;  // of a block, where there are enough for all multiprocessors
+
 // Merges the chunks of a row, 64 threads per head, 8 columns each, chunks in order. Launched early: what
 // the decode kernel waited for is there, its own results are waited for here.
 template <int kKeys>
-__global__ void __launch_bounds__(64) merge_chunks_kernel(const __grid_constant__ DecodeArgs a) {
+__global__ void __launch_bounds__(64 * kMergeHeads) merge_chunks_kernel(const __grid_constant__ DecodeArgs a) {
+  cudaTriggerProgrammaticLaunchCompletion();
   constexpr int kBatch = 8;  // chunks whose loads are under way at once
-  extern __shared__ float2 stats[];  // maximum and sum of each chunk
-  int row = blockIdx.x / a.heads, head = blockIdx.x % a.heads, column = threadIdx.x;
+  extern __shared__ float2 shared_stats[];  // maximum and sum of each chunk, for each head
+  int first = blockIdx.x * blockDim.y, row = first / a.heads, head = first % a.heads + threadIdx.y;
+  int column = threadIdx.x;
   int chunks = count_chunks<kKeys>(a, RowFacts(a, row).limit(a));
   int64_t slot = ((int64_t)row * a.tiles + head / kHeadTile) * a.chunks * a.tile_heads + head % kHeadTile;
   const uint4* partial = reinterpret_cast<const uint4*>(a.partial + slot * kDim) + column;
@@ -45,7 +49,8 @@ __global__ void __launch_bounds__(64) merge_chunks_kernel(const __grid_constant_
     }
   };
   cudaGridDependencySynchronize();  // also where there is nothing to do: a later kernel waits for this one only
-  if (chunks <= 1) return;          // finished by its only block
+  float2* stats = shared_stats + threadIdx.y * chunks;
+  if (chunks <= 1) return;  // finished by its only block
   load(0);
   for (int c = threadIdx.x; c < chunks; c += 64) stats[c] = __ldcg(a.stats + slot + (int64_t)c * a.tile_heads);
   __syncthreads();

@@ -6,12 +6,11 @@
 namespace causeway {
 
 constexpr int kHeadTile = 64;
-constexpr int kTileKeys = 80;
-constexpr int kChunk = 2 * kTileKeys;
-constexpr int kFewHeads = 16;            // so many have a kernel of their own, with smaller chunks
-constexpr int kNarrowKeys = kTileKeys;   // of its chunks
-constexpr bool kMergeInCluster = false;  // the chunks of a short row merge through distributed shared memory
-constexpr int kClusterChunks = 8;        // at most
+constexpr int kTileKeys = 32;  // of a warpgroup
+constexpr int kTiles = 5;
+constexpr int kChunk = kTiles * kTileKeys;
+constexpr int kFewHeads = 16;    // so many have a kernel of their own, with smaller chunks
+constexpr int kNarrowKeys = 80;  // of its chunks
 
 struct DecodeArgs {
   const __nv_bfloat16* q;
@@ -35,7 +34,7 @@ struct DecodeArgs {
 
 // One chunk of a (row, 64 heads or fewer). Items are numbered row by row, tile by tile, chunk by chunk.
 struct Item {
-  int row, seq, tile, chunk, chunks, limit;
+  int row, seq, tile, chunk, chunks, limit, number;
 };
 
 // What the tables say of a row. The reads are issued where they are written, and waited for where they are used.
@@ -69,10 +68,27 @@ __device__ __forceinline__ int64_t listed_key(const DecodeArgs& a, int64_t row, 
   return at < a.entries.index_count ? __ldg(a.entries.index + row * a.entries.index_row + at) : -1;
 }
 
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // Finds items in ascending order. Every warp searches for itself: no barrier, no shared memory.
 template <int kKeys>
 struct Walk {
   int row0 = 0, before = 0;  // rows that are behind, and their items
+
+  // While the kernel ahead still runs: brings what `find` will read of a block's first item nearer. Uses nothing of it.
+  static __device__ __forceinline__ void warm(const DecodeArgs& a, int number, int at) {
+    if (a.ragged || at < 0) return;
+    int items = a.chunks * a.tiles, row = number / items;
+    at += (number - row * items) % a.chunks * kKeys;
+    if (at < a.window) {
+      prefetch(a.slots + row * a.slots_row + at);
+    } else if (a.entries.index != nullptr && at - a.window < a.entries.index_count) {
+      prefetch(a.entries.index + row * a.entries.index_row + at - a.window);
+    }
+    if (a.entries.pages.pool == nullptr || at % kKeys != 0) return;  // one thread of a block is enough
+    prefetch(a.entries.row_seq + row);
+    prefetch(a.entries.num_entries + row);
+  }
 
   // Item `number`, and what is listed for key `at` of its chunk (-1: no key).
   __device__ __forceinline__ bool find(const DecodeArgs& a, int number, int at, Item& it, int64_t& key) {
@@ -84,6 +100,7 @@ struct Walk {
       return false;
     }
     it.row = row;
+    it.number = number;
     RowFacts facts(a, row);  // under way together with the list
     if (!a.ragged) list(a, number - first, a.chunks, at, it, key);
     it.limit = facts.limit(a);
@@ -91,6 +108,14 @@ struct Walk {
     it.chunks = count_chunks<kKeys>(a, it.limit);
     if (a.ragged) list(a, number - first, it.chunks, at, it, key);
     return true;
+  }
+
+  // Likewise of the first item from `number` on that exists.
+  __device__ __forceinline__ bool find_existing(const DecodeArgs& a, int number, int at, Item& it, int64_t& key) {
+    for (;; number += gridDim.x) {
+      if (!find(a, number, at, it, key)) return false;
+      if (it.chunk < it.chunks) return true;
+    }
   }
 
  private:

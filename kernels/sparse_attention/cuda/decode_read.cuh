@@ -1,4 +1,4 @@
-// Decode: how a warp reads its keys of a tile from their pages and makes bfloat16 rows of them.
+// Decode: how a warp reads eight keys from their pages and makes bfloat16 rows of them.
 #pragma once
 #include "decode_plan.cuh"
 #include "hopper.cuh"
@@ -6,23 +6,7 @@
 
 namespace causeway {
 
-constexpr int kWarpKeys = 20;  // of a tile
-constexpr int kPartKeys = kTileKeys / 2;
-constexpr int kPartEntries = 10;  // of a warp, decoded in one go
-constexpr int kTileBytes = kTileKeys * kDim * 2;
-constexpr int kKeySubtile = kTileKeys * 128;
-
-// 16 bytes, zeros where `p` is null; volatile: all reads of a tile are issued where they are written.
-__device__ __forceinline__ uint4 load_now(const uint8_t* p, int at) {
-  uint4 v;
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.u64 p, %5, 0;\n"
-      "mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
-      "@p ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4];\n}\n"
-      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-      : "l"(p + at), "l"(p));
-  return v;
-}
+constexpr int kGroupKeys = 8;  // decoded by a warp: the rows of one swizzle pattern, 1 KB of each subtile of columns
 
 __device__ __forceinline__ uint4 load_shared(uint32_t smem) {
   uint4 v;
@@ -32,125 +16,178 @@ __device__ __forceinline__ uint4 load_shared(uint32_t smem) {
                : "memory");
   return v;
 }
-__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// All but the latest kLater groups of this thread have landed.
-template <int kLater>
-__device__ __forceinline__ void copies_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kLater) : "memory");
+__device__ __forceinline__ uint2 load_shared_pair(uint32_t smem) {
+  uint2 v;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(smem) : "memory");
+  return v;
 }
-
-__device__ __forceinline__ const uint8_t* shuffle_pointer(const uint8_t* p, int lane) {
-  return reinterpret_cast<const uint8_t*>(__shfl_sync(~0u, (unsigned long long)p, lane));
+__device__ __forceinline__ void expect_bytes(uint32_t bar, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+template <int kBytes>
+__device__ __forceinline__ void copy_bulk(uint32_t smem, const void* global, uint32_t bar) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem),
+               "l"(global), "n"(kBytes), "r"(bar)
+               : "memory");
+}
+template <uint32_t kSelector>
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t x) {
+  uint32_t r;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(r) : "r"(x), "n"(kSelector));
+  return r;
+}
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t x, uint32_t selector) {
+  uint32_t r;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(r) : "r"(x), "r"(selector));
+  return r;
 }
 
 __device__ __forceinline__ const Pages& pages_of(const DecodeArgs& a, int at) {
   return at < a.window ? a.ring : a.entries.pages;
 }
 
-// Row of the tile that is key k = 0..19 of a warp: ten in each part. Rows of a warp are 4 apart, so that the swizzle
-// leaves two addresses and constant offsets.
-__device__ __forceinline__ int warp_row(int warp, int k) { return 4 * k + warp; }
-
 // Place of columns 8 c..+7 of row r in a subtile of keys.
 __device__ __forceinline__ uint32_t swizzled(int r, int c) { return r * 128 + ((c ^ (r & 7)) << 4); }
 
-// A warp's fp8 entries. Lane l copies bytes 16 l..+15 of each to shared memory without waiting, to one of the two
-// places that their values will have; lane 4 i + q bytes 512 + 16 q..+15 of entry 8 j + i. Rotary values are then where
-// they belong; codes are decoded in place, group by group in the order of arrival. (Reads into registers would
-// share a scoreboard: the first decoded entry would wait for the last one.)
+// 8 e4m3 codes -> 8 bfloat16 values times 2^-120 (see spread_codes; the sign is copied by the permutation).
+__device__ __forceinline__ uint4 spread_eight(uint2 codes) {
+  auto half = [](uint32_t x) { return (uint32_t)((int32_t)x >> 4) & 0x87f087f0u; };
+  return make_uint4(half(permute_bytes<0x1804>(codes.x)), half(permute_bytes<0x3a24>(codes.x)),
+                    half(permute_bytes<0x1804>(codes.y)), half(permute_bytes<0x3a24>(codes.y)));
+}
+__device__ __forceinline__ uint4 multiply_eight(uint4 v, uint32_t factor) {
+  return make_uint4(multiply_bf16x2(v.x, factor), multiply_bf16x2(v.y, factor), multiply_bf16x2(v.z, factor),
+                    multiply_bf16x2(v.w, factor));
+}
+
+// What the threads of a block know of an item's keys.
 template <int kKeys>
-struct WarpEntries {
-  uint2 scales;  // of the entry that this lane lists
-
-  template <typename RowOf>
-  __device__ __forceinline__ void load(const DecodeArgs& a, Place place, int at, uint32_t tile, RowOf row_of) {
-    int lane = threadIdx.x & 31, block = lane / 4, q = lane & 3;
-    const uint8_t* nowhere = reinterpret_cast<const uint8_t*>(a.q);  // readable; nothing is read
-    const uint8_t* mine = nowhere;
-    scales = make_uint2(0, 0);
-    if (place.page >= 0) {
-      const Pages& p = pages_of(a, at);
-      const uint8_t* page = p.pool + (int64_t)place.page * p.stride;
-      mine = page + (int64_t)place.offset * kFp8Payload;
-      scales = __ldg(reinterpret_cast<const uint2*>(scales_of(p, page, place.offset)));
-    }
-#pragma unroll
-    for (int first = 0; first < kKeys; first += kGroup) {
-#pragma unroll
-      for (int k = first; k < first + kGroup; ++k) {
-        const uint8_t* from = shuffle_pointer(mine, k);
-        copy16_async(tile + block * kKeySubtile + swizzled(row_of(k), raw_column()), from + 16 * lane, from != nowhere);
-      }
-#pragma unroll
-      for (int j = rests_before(first); j < rests_before(first + kGroup); ++j) {
-        int k = 8 * j + block;
-        const uint8_t* from = shuffle_pointer(mine, k);
-        if (k >= kKeys) continue;
-        copy16_async(tile + 7 * kKeySubtile + swizzled(row_of(k), 4 + q), from + 512 + 16 * q, from != nowhere);
-      }
-      copies_commit();
-    }
-  }
-
-  // Entries kFirst..+9 become bfloat16 rows row_of(k).
-  template <int kFirst, typename RowOf>
-  __device__ __forceinline__ void decode(uint32_t tile, RowOf row_of) const {
-    int lane = threadIdx.x & 31, block = lane / 4, q = lane & 3, odd = block & 1;
-    bool codes = lane < 28;
-    uint32_t limit = kLargestScale * 0x01010101u, to = tile + block * kKeySubtile;
-    bool any_large = __any_sync(~0u, __vcmpgtu4(scales.x, limit) | (__vcmpgtu4(scales.y, limit) & 0xffffffu));
-    auto decode_group = [&](int first) {
-      uint4 raw[kGroup], out[2];
-#pragma unroll
-      for (int k = 0; k < kGroup; ++k) raw[k] = load_shared(to + swizzled(row_of(first + k), raw_column()));
-#pragma unroll
-      for (int k = 0; k < kGroup; ++k) {
-        uint32_t low = __shfl_sync(~0u, scales.x, first + k), high = __shfl_sync(~0u, scales.y, first + k);
-        uint32_t scale = ((lane < 16 ? low : high) >> (8 * (block & 3))) & 255u;
-        uint4 v = raw[k];
-        if (odd) v = make_uint4(v.z, v.w, v.x, v.y);
-        decode_codes(v, scale, any_large, out);
-        if (!codes) continue;
-        store_shared(to + swizzled(row_of(first + k), raw_column()), out[0]);
-        store_shared(to + swizzled(row_of(first + k), 2 * q + 1 - odd), out[1]);
-      }
-    };
-    static_assert(kPartEntries == 2 * kGroup);
-    copies_wait<(kKeys - kFirst) / kGroup - 1>();
-    decode_group(kFirst);
-    copies_wait<(kKeys - kFirst) / kGroup - 2>();
-    decode_group(kFirst + kGroup);
-  }
-
- private:
-  static constexpr int kGroup = 5;  // entries whose arrival is waited for together
-  // Rests that the entries before `k` need (the last of them may hold some of a later part's).
-  static constexpr __device__ int rests_before(int k) { return (k + 7) / 8; }
-  // Codes of odd blocks lie in the second half of their values' place: 8 lanes of an access meet 8 different banks.
-  static __device__ __forceinline__ int raw_column() {
-    int lane = threadIdx.x & 31, q = lane & 3;
-    return lane < 28 ? 2 * q + (lane / 4 & 1) : q;
-  }
+struct KeyTable {
+  static constexpr int kGroups = kKeys / kGroupKeys;
+  union {
+    Place places[kKeys];  // until the copies are sent, or where there are none
+    uint2 scales[kKeys];
+  };
+  uint64_t landed[kGroups];  // barriers: entries (or places), scales and `exists` are there
+  uint8_t exists[kGroups];   // keys of a group
 };
 
-// A warp's kKeys entries of any format, without haste.
-template <int kKeys, typename RowOf>
-__device__ __forceinline__ void read_entries(const DecodeArgs& a, Place place, int at, uint32_t tile, RowOf row_of) {
-  int lane = threadIdx.x & 31, q = lane & 3;
-  for (int first = 0; first < kKeys; first += 8) {
-    int k = first + lane / 4, page = __shfl_sync(~0u, place.page, k), offset = __shfl_sync(~0u, place.offset, k);
-    int key_at = __shfl_sync(~0u, at, k);
-    if (k >= kKeys) continue;
-    int r = row_of(k);
-    auto put = [&](int column, uint4 v) {
-      store_shared(tile + (column >> 6) * kKeySubtile + swizzled(r, (column >> 3) & 7), v);
-    };
-    if (page >= 0) {
-      const Pages& p = pages_of(a, key_at);
-      decode_entry(p, p.pool + (int64_t)page * p.stride, offset, q, is_aligned(p), put);
-    } else {
-      for (int i = 0; i < 16; ++i) put(8 * (q + 4 * i), make_uint4(0, 0, 0, 0));
-    }
+// Key `key` of an item, by the thread that lists it: where its entry is. The thread's warp lists 32 keys. `sent` is
+// called while the scales are under way.
+template <bool kPlain, int kKeys, typename Sent>
+__device__ __forceinline__ void list_key(KeyTable<kKeys>& table, const uint8_t** entries, const DecodeArgs& a,
+                                         Place place, int key, int in_row, Sent sent) {
+  int lane = threadIdx.x & 31, group = key / kGroupKeys;
+  uint32_t exists = __ballot_sync(~0u, place.page >= 0) >> (lane & ~(kGroupKeys - 1)) & 255u;
+  uint2 scales = make_uint2(0, 0);
+  const uint8_t* entry = nullptr;
+  if (!kPlain && place.page >= 0) {
+    const Pages& p = pages_of(a, in_row);
+    const uint8_t* page = p.pool + (int64_t)place.page * p.stride;
+    entry = page + (int64_t)place.offset * kFp8Payload;
+    asm volatile("ld.global.nc.v2.b32 {%0, %1}, [%2];"
+                 : "=r"(scales.x), "=r"(scales.y)
+                 : "l"(scales_of(p, page, place.offset)));
+  }
+  if (key < kKeys) {
+    entries[key] = entry;
+    if (kPlain) table.places[key] = place;
+    if ((lane & 7) == 0) table.exists[group] = exists;
+  }
+  __syncwarp();
+  sent();
+  if (!kPlain && key < kKeys) table.scales[key] = scales;
+  __syncwarp();
+  if ((lane & 7) == 0 && key < kKeys) mbar_arrive(smem_address(&table.landed[group]));
+}
+
+// A warp, for the eight keys of its group: the copy engine brings entry r, as it is, to the group's kilobyte of
+// subtile r. (Copies of a warp go out at 65 cycles each: all warps send.)
+template <int kKeys>
+__device__ __forceinline__ void send_group(KeyTable<kKeys>& table, const uint8_t* const* entries, uint32_t keys,
+                                           int group) {
+  int lane = threadIdx.x & 31;
+  uint32_t landed = smem_address(&table.landed[group]);
+  const uint8_t* entry = lane < kGroupKeys ? entries[group * kGroupKeys + lane] : nullptr;
+  uint32_t count = __popc(__ballot_sync(~0u, entry != nullptr));
+  if (lane == 0) expect_bytes(landed, count * kFp8Payload);
+  __syncwarp();
+  if (entry) copy_bulk<kFp8Payload>(keys + group * 1024 + lane * (kKeys * 128), entry, landed);
+  __syncwarp();
+}
+
+// A warp, for the eight keys of its group: fp8 entries become bfloat16 rows. Nobody else touches the group's memory.
+template <int kKeys>
+__device__ __forceinline__ void decode_group(const KeyTable<kKeys>& table, uint32_t keys, int group, uint32_t parity) {
+  constexpr int kSubtile = kKeys * 128;
+  int lane = threadIdx.x & 31, block = lane / 8, chunk = lane & 7;
+  uint32_t at = keys + group * 1024, to = at + block * kSubtile;
+  mbar_wait(smem_address(&table.landed[group]), parity);
+  // Lane 4 r + p has the factors of blocks 2 p and 2 p + 1 of row r, two bfloat16.
+  uint32_t pair = reinterpret_cast<const uint16_t*>(&table.scales[kGroupKeys * group])[lane];
+  uint32_t present = table.exists[group], first = pair & 255u, second = pair >> 8;
+  if ((lane & 3) == 3) second = 0;  // the eighth byte is no scale
+  bool exists = present >> (lane / 4) & 1;
+  uint32_t factors = exists ? min(first + 120u, 254u) << 7 | min(second + 120u, 254u) << 23 : 0u;
+  uint32_t selector = block & 1 ? 0x3232u : 0x1010u;
+  auto factor_of = [&](uint32_t words, int r, int half) {
+    return permute_bytes(__shfl_sync(~0u, words, 4 * r + 2 * half + block / 2), selector);
+  };
+  auto place_of = [&](int r, int half) { return to + 4 * half * kSubtile + r * 128 + ((chunk ^ r) << 4); };
+  auto load = [&](int r, int half) { return load_shared_pair(at + r * kSubtile + 256 * half + 8 * lane); };
+  auto write = [&](int r, uint2 codes, int half) {
+    uint4 v = multiply_eight(spread_eight(codes), factor_of(factors, r, half));
+    if (half == 0 || block < 3) store_shared(place_of(r, half), v);
+  };
+  uint4 rotary[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) rotary[i] = load_shared(to + 4 * i * kSubtile + kNope + 16 * chunk);
+  uint2 codes[kGroupKeys][2];
+#pragma unroll
+  for (int r = 0; r < kGroupKeys; ++r) codes[r][0] = load(r, 0), codes[r][1] = load(r, 1);
+  __syncwarp();
+#pragma unroll
+  for (int r = 0; r < kGroupKeys; ++r) {
+    write(r, codes[r][0], 0);
+    write(r, codes[r][1], 1);
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    int r = 4 * i + block;
+    if (!(present >> r & 1)) rotary[i] = make_uint4(0, 0, 0, 0);
+    store_shared(at + 7 * kSubtile + r * 128 + ((chunk ^ r) << 4), rotary[i]);
+  }
+  if (!__any_sync(~0u, first > kLargestScale || second > kLargestScale)) return;
+  // Factors that are no bfloat16: what is left of them.
+  auto beyond = [](uint32_t scale) { return scale > kLargestScale ? (scale - 7u) << 7 : 0x3f80u; };
+  uint32_t more = beyond(first) | beyond(second) << 16;
+#pragma unroll 1
+  for (int i = 0; i < 2 * kGroupKeys; ++i) {
+    int r = i / 2, half = i & 1;
+    uint32_t factor = factor_of(more, r, half);
+    if (half == 0 || block < 3) store_shared(place_of(r, half), multiply_eight(load_shared(place_of(r, half)), factor));
+  }
+}
+
+// The same for entries of any format, without haste.
+template <int kKeys>
+__device__ __forceinline__ void read_group(const KeyTable<kKeys>& table, const DecodeArgs& a, uint32_t keys, int group,
+                                           int chunk, uint32_t parity) {
+  constexpr int kSubtile = kKeys * 128;
+  int lane = threadIdx.x & 31, q = lane & 3, r = lane / 4, key = kGroupKeys * group + r;
+  mbar_wait(smem_address(&table.landed[group]), parity);
+  Place place = table.places[key];
+  auto put = [&](int column, uint4 v) {
+    store_shared(keys + group * 1024 + (column >> 6) * kSubtile + swizzled(r, (column >> 3) & 7), v);
+  };
+  if (place.page >= 0) {
+    const Pages& p = pages_of(a, chunk * kKeys + key);
+    decode_entry(p, p.pool + (int64_t)place.page * p.stride, place.offset, q, is_aligned(p), put);
+  } else {
+    for (int i = 0; i < 16; ++i) put(8 * (q + 4 * i), make_uint4(0, 0, 0, 0));
   }
 }
 
@@ -159,9 +196,27 @@ __device__ __forceinline__ void prefetch_entry(const DecodeArgs& a, int at, Plac
   const Pages& p = pages_of(a, at);
   const uint8_t* page = p.pool + (int64_t)place.page * p.stride;
   const uint8_t* entry = page + (int64_t)place.offset * kFp8Payload;
-#pragma unroll
-  for (int i = 0; i < 5; ++i) asm volatile("prefetch.global.L2 [%0];" ::"l"(entry + min(128 * i, kFp8Payload - 16)));
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(entry), "n"(kFp8Payload) : "memory");
   asm volatile("prefetch.global.L2 [%0];" ::"l"(scales_of(p, page, place.offset)));
+}
+
+// kThreads threads, while others multiply: item `number` or the next that exists (row -1: none), and its keys' places.
+template <int kKeys, int kThreads, bool kPlain>
+__device__ __forceinline__ void find_next(Item& next, Place* places, const DecodeArgs& a, Walk<kKeys>& walk,
+                                          int number) {
+  int at = threadIdx.x % kThreads;
+  Item it;
+  int64_t key;
+  bool more = walk.find_existing(a, number, at, it, key);
+  if (at == 0) next = more ? it : Item{-1};
+  if (!more) return;
+  for (bool first = true; at < kKeys; at += kThreads, first = false) {
+    int in_row = it.chunk * kKeys + at;
+    if (!first) key = listed_key(a, it.row, in_row);
+    Place place = locate_key(a, it, in_row, key);
+    places[at] = place;
+    if constexpr (!kPlain) prefetch_entry(a, in_row, place);
+  }
 }
 
 }  // namespace causeway
