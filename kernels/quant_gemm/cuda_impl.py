@@ -80,10 +80,23 @@ def multiply_gated(tile: tuning.Tile, rows: QuantRows, w: Fp8Weight, *, limit: f
 
 
 def multiply_grouped(
-    tile: tuning.Tile, rows: QuantRows, data: Tensor, scale: Tensor, offsets: Tensor, out: Tensor
+    tile: tuning.Tile,
+    rows: QuantRows,
+    data: Tensor,
+    scale: Tensor,
+    offsets: Tensor,
+    out: Tensor,
+    *,
+    offsets_are_old: bool = False,
 ) -> None:
-    """``out[offsets[g] : offsets[g + 1]] = rows[same] data[g]^T`` for every group."""
-    cuda_launch.product(tile, rows, data, scale, out, offsets, row_offset=0)
+    """``out[offsets[g] : offsets[g + 1]] = rows[same] data[g]^T`` for every group.
+
+    ``offsets_are_old``: the kernel directly ahead in the stream writes neither them nor ``data``, so
+    that the weights may be read before it has ended.
+    """
+    cuda_launch.product(
+        tile, rows, data, scale, out, offsets, row_offset=0, offsets_are_old=offsets_are_old
+    )
 
 
 def expert_ffn_quant(
@@ -109,24 +122,36 @@ def expert_ffn_quant(
     if out.numel() == 0:
         return out
     inner = _first_product(rows, offsets, row_weight, experts, limit=limit, dtype=out_dtype)
+    # The first product lies between these offsets and the second.
     if isinstance(experts, Fp4Experts):
-        multiply_packed(inner, experts.w2_data, experts.w2_sub, experts.w2_scale, offsets, out)
+        packed, sub = experts.w2_data, experts.w2_sub
+        multiply_packed(inner, packed, sub, experts.w2_scale, offsets, out, offsets_are_old=True)
     else:
+        data, scale = experts.w2_data, experts.w2_scale
         tile = tuning.choose_grouped(count, experts.num_experts)
-        multiply_grouped(tile, inner, experts.w2_data, experts.w2_scale, offsets, out)
+        multiply_grouped(tile, inner, data, scale, offsets, out, offsets_are_old=True)
     return out
 
 
 def multiply_packed(
-    rows: QuantRows, packed: Tensor, sub: Tensor, scale: Tensor, offsets: Tensor, out: Tensor
+    rows: QuantRows,
+    packed: Tensor,
+    sub: Tensor,
+    scale: Tensor,
+    offsets: Tensor,
+    out: Tensor,
+    *,
+    offsets_are_old: bool = False,
 ) -> None:
     """``multiply_grouped`` of packed FP4 weights, read as they are or expanded: the same bits."""
     count, groups = rows.shape[0], packed.shape[0]
     tile = _packed_tile(rows, groups)
     if tile is not None:
-        cuda_launch.packed_product(tile, rows, packed, sub, scale, out, offsets)
+        cuda_launch.packed_product(
+            tile, rows, packed, sub, scale, out, offsets, offsets_are_old=offsets_are_old
+        )
         return
-    data = expand_fp4(packed, sub, scale, offsets)
+    data = expand_fp4(packed, sub, scale, offsets)  # directly ahead of the product
     multiply_grouped(tuning.choose_grouped(count, groups), rows, data, scale, offsets, out)
 
 

@@ -46,6 +46,7 @@ class _Arguments(ctypes.Structure):
         ("col_offset", ctypes.c_int),
         ("out_is_float", ctypes.c_int),
         ("out_is_mapped", ctypes.c_int),  # the library sets it
+        ("offsets_are_old", ctypes.c_int),
     ]
 
 
@@ -95,9 +96,23 @@ def product(
     offsets: Tensor | None,
     *,
     row_offset: int,
+    offsets_are_old: bool = False,
 ) -> None:
-    """``out = rows data^T``, the weights [G, n, k] found by ``offsets`` (None: there is one)."""
-    _launch(tile, rows, data, scale, offsets, _GateArguments(), out=out, row_offset=row_offset)
+    """``out = rows data^T``, the weights [G, n, k] found by ``offsets`` (None: there is one).
+
+    ``offsets_are_old``: the kernel directly ahead in the stream writes neither them nor ``data``.
+    """
+    _launch(
+        tile,
+        rows,
+        data,
+        scale,
+        offsets,
+        _GateArguments(),
+        out=out,
+        row_offset=row_offset,
+        offsets_are_old=offsets_are_old,
+    )
 
 
 def gated_product(
@@ -137,12 +152,16 @@ def packed_product(
     scale: Tensor,
     out: Tensor,
     offsets: Tensor,
+    *,
+    offsets_are_old: bool = False,
 ) -> None:
     """``product`` of packed FP4 weights [G, n, k / 2] and their 1x32 scales, with the same bits.
 
     k is a multiple of ``tuning.PACKED_COLUMNS``, and the rows start at column 0.
     """
-    arguments = _arguments(rows, scale, offsets, packed.shape[1], out=out)
+    arguments = _arguments(
+        rows, scale, offsets, packed.shape[1], out=out, offsets_are_old=offsets_are_old
+    )
     code = library().causeway_gemm_packed(
         tile.index,
         rows.q.data_ptr(),
@@ -166,6 +185,7 @@ def _arguments(
     *,
     out: Tensor | None,
     row_offset: int = 0,
+    offsets_are_old: bool = False,
 ) -> _Arguments:
     if max(rows.scale.stride(0) * rows.shape[0], scale.stride(0) * scale.shape[0]) >= 1 << 32:
         raise KernelContractError(
@@ -189,6 +209,8 @@ def _arguments(
         row_offset,
         rows.col_offset,
         out is not None and out.dtype == torch.float32,
+        0,
+        offsets_are_old,
     )
 
 
@@ -203,9 +225,18 @@ def _launch(
     out: Tensor | None = None,
     columns: int | None = None,
     row_offset: int = 0,
+    offsets_are_old: bool = False,
 ) -> None:
     width = data.shape[1] if columns is None else columns
-    arguments = _arguments(rows, scale, offsets, width, out=out, row_offset=row_offset)
+    arguments = _arguments(
+        rows,
+        scale,
+        offsets,
+        width,
+        out=out,
+        row_offset=row_offset,
+        offsets_are_old=offsets_are_old,
+    )
     code = library().causeway_gemm(
         tile.index,
         rows.q.data_ptr(),

@@ -14,30 +14,42 @@ class Tile:
         rows: rows of the tile.
         columns: columns of the tile.
         step_us: measured time that a tile spends on 128 columns of K on an H200.
+        blocks: multiprocessors that make a tile together.
     """
 
     index: int
     rows: int
     columns: int
     step_us: float
+    blocks: int = 1
 
 
 TILES = (
-    Tile(0, 16, 16, 0.173),
-    Tile(1, 16, 32, 0.185),
-    Tile(2, 16, 64, 0.200),
-    Tile(3, 16, 128, 0.250),
-    Tile(4, 64, 16, 0.167),
-    Tile(5, 64, 32, 0.175),
-    Tile(6, 64, 64, 0.203),
-    Tile(7, 64, 128, 0.248),
-    Tile(8, 128, 32, 0.230),
-    Tile(9, 128, 64, 0.280),
+    Tile(0, 16, 16, 0.105),
+    Tile(1, 16, 32, 0.143),
+    Tile(2, 16, 64, 0.245),
+    Tile(3, 16, 128, 0.485),
+    Tile(4, 64, 16, 0.130),
+    Tile(5, 64, 32, 0.148),
+    Tile(6, 64, 64, 0.208),
+    Tile(7, 64, 128, 0.320),
+    Tile(8, 128, 32, 0.204),
+    Tile(9, 128, 64, 0.267),
     Tile(10, 128, 128, 0.373),
     Tile(11, 128, 256, 0.700),
+    Tile(19, 32, 16, 0.110),
+    Tile(20, 32, 32, 0.147),
+    Tile(21, 32, 64, 0.250),
+    Tile(22, 32, 128, 0.485),
+)
+PAIRS = (  # of one weight and more than 128 rows
+    Tile(15, 256, 256, 0.655, 2),
+    Tile(16, 128, 256, 0.66),
+    Tile(17, 256, 192, 0.55, 2),
+    Tile(18, 256, 96, 0.35, 2),
 )
 GATED = {16: Tile(12, 16, 128, 0.5), 64: Tile(13, 64, 128, 0.5), 128: Tile(14, 128, 128, 0.64)}
-_GROUPED = {16: TILES[2], 64: TILES[7], 128: TILES[11]}
+_GROUPED = {16: TILES[3], 64: TILES[7], 128: TILES[11]}
 _FEW_ROWS = 64  # of all experts together
 
 
@@ -58,28 +70,32 @@ class PackedTile:
 
 PACKED_TILES = (
     PackedTile(0, 8, 64),
-    PackedTile(1, 8, 128),
-    PackedTile(2, 16, 128),
-    PackedTile(3, 32, 128),
-    PackedTile(4, 48, 128),
+    PackedTile(1, 16, 128),
+    PackedTile(2, 32, 128),
+    PackedTile(3, 48, 128),
 )
 PACKED_COLUMNS = 512  # K that a row's 16 bytes of 1x32 scales cover
-_PACKED_MEAN = (
-    128  # rows of an expert; beyond, expanding once costs less than unpacking in every tile
+# Mean rows of an expert up to which a tile is the fastest; beyond, expanding the weights costs less.
+_PACKED_MEANS = (
+    (4, PACKED_TILES[0]),
+    (12, PACKED_TILES[1]),
+    (32, PACKED_TILES[2]),
+    (128, PACKED_TILES[3]),
 )
-_VERY_FEW_ROWS = 12  # of all experts together: narrow tiles occupy more of the machine
 
 
 def choose(rows: int, columns: int, multiprocessors: int) -> Tile:
     """The tile for one weight: the one whose waves over the machine take the least time."""
 
     def cost(tile: Tile) -> tuple[float, int]:
-        tiles = -(-rows // tile.rows) * -(-columns // tile.columns)
-        return -(-tiles // multiprocessors) * tile.step_us, -tile.columns
+        count = -(-rows // tile.rows) * -(-columns // tile.columns)
+        return -(-count // (multiprocessors // tile.blocks)) * tile.step_us, -tile.columns
 
     # A tile with many rows beyond the last is slow: the copy engine fills them with zeros one by one.
-    heights = (16,) if rows <= 16 else (64,) if rows <= 64 else (64, 128)
-    return min((tile for tile in TILES if tile.rows in heights), key=cost)
+    few = next((height for height in (16, 32, 64) if rows <= height), None)
+    heights = (64, 128) if few is None else (few,)
+    tiles = [tile for tile in TILES if tile.rows in heights]
+    return min((*tiles, *PAIRS) if rows > 128 else tiles, key=cost)
 
 
 def choose_grouped(rows: int, groups: int) -> Tile:
@@ -98,12 +114,10 @@ def choose_gated(rows: int, groups: int) -> Tile | None:
 
 def choose_packed(rows: int, groups: int, depth: int) -> PackedTile | None:
     """The tile that reads packed FP4 weights of ``depth`` columns; None where they are expanded."""
-    mean = rows / groups
-    if depth % PACKED_COLUMNS or mean > _PACKED_MEAN:
+    if depth % PACKED_COLUMNS:
         return None
-    if rows <= _VERY_FEW_ROWS:
-        return PACKED_TILES[0]
-    return PACKED_TILES[1 if mean <= 4 else 2 if mean <= 12 else 3 if mean <= 24 else 4]
+    mean = rows / groups
+    return next((tile for most, tile in _PACKED_MEANS if mean <= most), None)
 
 
 def gated_fills(rows: int, columns: int, multiprocessors: int) -> bool:

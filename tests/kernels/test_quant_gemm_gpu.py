@@ -92,11 +92,12 @@ def test_every_tile_and_batch_gives_the_same_bits() -> None:
     w = prepare_weight(fp8(768, 1024)).rows(64, 768)
     rows = quant_rows(torch.randn(300, 1024, device="cuda"))
     outs = []
-    for tile in tuning.TILES:
+    tiles = (*tuning.TILES, *tuning.PAIRS)
+    for tile in tiles:
         out = torch.full((300, 704), float("nan"), device="cuda")
         cuda_impl.multiply(tile, rows, w, out)  # type: ignore[arg-type]
         outs.append(out)
-    for tile, out in zip(tuning.TILES, outs, strict=True):
+    for tile, out in zip(tiles, outs, strict=True):
         assert torch.equal(out, outs[0]), tile
     for first, last in ((0, 1), (7, 20), (299, 300), (100, 228)):
         part = QuantRows(q=rows.q[first:last], scale=rows.scale[first:last])

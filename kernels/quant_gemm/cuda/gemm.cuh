@@ -7,9 +7,9 @@
 // exact). Every element walks K alone and in the same order, so its bits depend neither on the tile
 // shape nor on other rows.
 //
-// Two producer warps keep a ring of stages full by bulk tensor copies, one the rows, one the weight; WGS
-// warpgroups of 64 rows each consume it. Blocks are persistent and walk tiles in an order that shares
-// operands in L2.
+// Two producer warps keep a ring of stages full by bulk tensor copies, one the rows, one the weight, and a third
+// brings the scales; WGS warpgroups of 64 rows each consume it. Blocks are persistent and walk tiles in an order that
+// shares operands in L2.
 //
 // A kernel starts before the one ahead of it in the stream has ended, and then reads weights already:
 // they must not be written by the kernel directly ahead.
@@ -20,6 +20,7 @@
 #include "copy_engine.cuh"
 #include "hopper.cuh"
 #include "product.cuh"
+#include "stage_scales.cuh"
 #include "store.cuh"
 #include "tiles.cuh"
 #include "wgmma.cuh"
@@ -39,8 +40,8 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kStages; ++i) {
-      mbar_init(full + i * 8, 1);
-      mbar_init(empty + i * 8, S::kWarps);
+      mbar_init(full + i * 8, S::kScaleWarp ? 1 + 32 : 1);  // the weight's producer, all lanes that wrote scales
+      mbar_init(empty + i * 8, S::kScaleWarp ? S::kWarps * 32 : S::kWarps);  // who read scales there, or a lane a warp
     }
     mbar_init(queue.opened(), 1);
     mbar_fence_init();
@@ -48,34 +49,41 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(
   __syncthreads();
 
   Slot<S::kStages> slot;
+  const int last = (args.k_blocks - 1) / S::kDepth * S::kDepth;  // first block of the last stage of a tile
   if (warp >= S::kWarps) {
     if constexpr (S::kTrades) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (warp == S::kWarps) {  // the weight's producer
       if (lane == 0) prefetch_map(&maps.b);
       // A weight does not come from the previous kernel: the ring may fill already. The tiles of
       // groups are known only after it.
-      if (args.offsets != nullptr) wait_for_previous();
+      if (args.offsets != nullptr && !args.offsets_are_old) wait_for_previous();
       Schedule<S> schedule(args);
       Tile tile = schedule.advance();
       if (lane == 0) queue.put_first(tile);
       auto load = [&](int kb) {
         mbar_wait(empty + slot.stage * 8, slot.parity ^ 1);
-        load_3d(&maps.b, stages + slot.stage * S::kStageBytes + S::kABytes, full + slot.stage * 8,
-                kb * kBlockK - args.col_offset, tile.column, tile.group);
+        const uint32_t b = stages + slot.stage * S::kStageBytes + S::kDepth * S::kABytes;
+#pragma unroll
+        for (int d = 0; d < S::kDepth; ++d) {
+          if (kb + d < args.k_blocks) {
+            load_3d(&maps.b, b + d * S::kBBytes, full + slot.stage * 8,
+                    (kb + d) * kBlockK - args.col_offset, tile.column, tile.group);
+          }
+        }
       };
       while (tile.row_end >= 0) {
         if (lane == 0) {
-          for (int kb = 0; kb + 1 < args.k_blocks; ++kb, slot.next()) {
+          for (int kb = 0; kb < last; kb += S::kDepth, slot.next()) {
             load(kb);
             mbar_expect(full + slot.stage * 8, S::kStageBytes);  // the rows' bytes too
           }
-          load(args.k_blocks - 1);
+          load(last);
         }
         __syncwarp();
         const Tile next = schedule.advance();
         if (lane == 0) {
           queue.put_next(next);
-          mbar_expect(full + slot.stage * 8, S::kStageBytes);
+          mbar_expect(full + slot.stage * 8, (args.k_blocks - last) * S::kBlockBytes);
           slot.next();
         }
         __syncwarp();
@@ -84,20 +92,52 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(
     } else if (warp == S::kWarps + 1) {  // the rows' producer
       if (lane == 0) prefetch_map(&maps.a);
       // The tiles of one weight are known before the previous kernel ends.
-      if (args.offsets != nullptr) wait_for_previous();
+      if (args.offsets != nullptr && !args.offsets_are_old) wait_for_previous();
       Schedule<S> schedule(args);
       Tile tile = schedule.advance();
       wait_for_previous();
       let_next_start();
       for (; tile.row_end >= 0; tile = schedule.advance()) {
         if (lane == 0) {
-          for (int kb = 0; kb < args.k_blocks; ++kb, slot.next()) {
+          for (int kb = 0; kb < args.k_blocks; kb += S::kDepth, slot.next()) {
             const uint32_t a = stages + slot.stage * S::kStageBytes;
             mbar_wait(empty + slot.stage * 8, slot.parity ^ 1);
-            load_2d(&maps.a, a, full + slot.stage * 8, kb * kBlockK - args.col_offset, tile.row);
+#pragma unroll
+            for (int d = 0; d < S::kDepth; ++d) {
+              if (kb + d < args.k_blocks) {
+                load_2d(&maps.a, a + d * S::kABytes, full + slot.stage * 8, (kb + d) * kBlockK - args.col_offset,
+                        tile.row);
+              }
+            }
           }
         }
         __syncwarp();
+      }
+    } else if (S::kScaleWarp && warp == S::kWarps + 2) {  // the scales' producer
+      if (args.offsets != nullptr && !args.offsets_are_old) wait_for_previous();
+      Schedule<S> schedule(args);
+      StageScales<S> scales(args);
+      Tile tile = schedule.advance();
+      bool more = tile.row_end >= 0;
+      if (more) scales.open_weight(tile);
+      wait_for_previous();
+      while (more) {
+        scales.open_rows(tile);
+        for (int chunk = 0; chunk < args.k_blocks; chunk += StageScales<S>::kChunk) {
+          scales.step(chunk);
+#pragma unroll
+          for (int i = 0; i < StageScales<S>::kChunk; i += S::kDepth) {
+            if (chunk + i < args.k_blocks) {
+              mbar_wait(empty + slot.stage * 8, slot.parity ^ 1);
+              scales.write(i, stages + S::kScaleOffset + slot.stage * S::kScaleBytes);
+              mbar_arrive(full + slot.stage * 8);
+              slot.next();
+            }
+          }
+        }
+        tile = schedule.advance();
+        more = tile.row_end >= 0;
+        if (more) scales.open_weight(tile);
       }
     }
   } else {
@@ -106,77 +146,112 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(
     const int first_row = warp * 16, row_in_tile = first_row + lane / 4;
     const bool active = warp < S::kActiveWarps;
     uint8_t* staging = shared + S::kStages * S::kStageBytes + warp * S::kStagingWarp;
-    wait_for_previous();
+    const float* scales = reinterpret_cast<const float*>(shared + S::kScaleOffset) + row_in_tile;
+    Scales own_scales(args);
 
-    // The product of block kb runs while the one of kb - 1 is scaled and added; the first product of
-    // the next tile runs while this tile is stored.
-    Scales scales(args);
-    float sum[kParts], part[2][kParts], s[2];
-    uint32_t previous = 0;
-    auto start = [&](float(&into)[kParts]) {
+    // The products of a stage run while those of the one before are scaled and added; the first ones of the
+    // next tile run while this tile is stored. A stage that K does not fill is multiplied as a whole, and what
+    // lies beyond K is not added.
+    float sum[kParts], part[2][S::kDepth][kParts], s[S::kDepth][2];
+    int previous = 0;  // stage of the products under way
+    auto start = [&](float(&into)[S::kDepth][kParts]) {
       const uint32_t a = stages + slot.stage * S::kStageBytes;
       mbar_wait(full + slot.stage * 8, slot.parity);
-      multiply<S::kColumns>(into, a + group_offset, a + S::kABytes);
+#pragma unroll
+      for (int d = 0; d < S::kDepth; ++d) {
+        multiply<S::kColumns>(into[d], a + d * S::kABytes + group_offset,
+                              a + S::kDepth * S::kABytes + d * S::kBBytes);
+      }
     };
     auto step = [&]() {
-      previous = empty + slot.stage * 8;
+      previous = slot.stage;
       slot.next();
     };
-    auto finish = [&](float(&from)[kParts]) {
-      fence_regs(from);
-      if (lane == 0) mbar_arrive(previous);
-      if (active) promote(sum, from, s);
+    auto open = [&](const Tile& tile) {
+      if constexpr (!S::kScaleWarp) own_scales.open(tile, row_in_tile);
+    };
+    // The scales of the stage whose products are under way: before the wait for them, or after it.
+    auto take_early = [&]() {
+      if constexpr (S::kScaleWarp) {
+        if (!active) return;
+#pragma unroll
+        for (int d = 0; d < S::kDepth; ++d) {
+          const float* from = scales + previous * (S::kScaleBytes / 4) + d * S::kRows;
+          s[d][0] = from[0];
+          s[d][1] = from[8];
+        }
+      }
+    };
+    auto take_late = [&](int kb) {
+      if constexpr (!S::kScaleWarp) own_scales.take(kb, s[0]);
+    };
+    auto finish = [&](float(&from)[S::kDepth][kParts], int kb) {
+#pragma unroll
+      for (int d = 0; d < S::kDepth; ++d) fence_regs(from[d]);
+      if (S::kScaleWarp || lane == 0) mbar_arrive(empty + previous * 8);
+      if (!active) return;
+#pragma unroll
+      for (int d = 0; d < S::kDepth; ++d) {
+        if (S::kDepth == 1 || kb + d < args.k_blocks) promote(sum, from[d], s[d]);
+      }
     };
     Tile tile = queue.take_first();
     bool more = tile.row_end >= 0;
+    wait_for_previous();
     if (more) {
-      scales.open(tile, row_in_tile);
+      open(tile);
       start(part[0]);
       step();
     }
     while (more) {
 #pragma unroll
       for (int i = 0; i < kParts; ++i) sum[i] = 0.0f;
-      int kb = 0;  // its product is under way in part[0]
-      for (; kb + 2 < args.k_blocks; kb += 2) {
+      int kb = 0;  // its stage's products are under way in part[0]
+      for (; kb + S::kDepth < last; kb += 2 * S::kDepth) {
         start(part[1]);
-        wgmma_wait<1>();
-        scales.take(kb, s);
-        finish(part[0]);
+        take_early();
+        wgmma_wait<S::kDepth>();
+        take_late(kb);
+        finish(part[0], kb);
         step();
         start(part[0]);
-        wgmma_wait<1>();
-        scales.take(kb + 1, s);
-        finish(part[1]);
+        take_early();
+        wgmma_wait<S::kDepth>();
+        take_late(kb + S::kDepth);
+        finish(part[1], kb + S::kDepth);
         step();
       }
       const Tile done = tile;
-      if (kb + 2 == args.k_blocks) {
+      if (kb < last) {
         start(part[1]);
-        wgmma_wait<1>();
-        scales.take(kb, s);
-        finish(part[0]);
+        take_early();
+        wgmma_wait<S::kDepth>();
+        take_late(kb);
+        finish(part[0], kb);
         step();
-        scales.take(kb + 1, s);
+        take_early();
+        take_late(last);
         tile = queue.take_next();
         more = tile.row_end >= 0;
         if (more) {
-          scales.open(tile, row_in_tile);
+          open(tile);
           start(part[0]);
         } else {
-          wgmma_commit();  // of nothing, so that the wait below is the same
+#pragma unroll
+          for (int d = 0; d < S::kDepth; ++d) wgmma_commit();  // of nothing, so that the wait below is the same
         }
-        wgmma_wait<1>();
-        finish(part[1]);
+        wgmma_wait<S::kDepth>();
+        finish(part[1], last);
         if (more) step();
       } else {
+        take_early();
         wgmma_wait<0>();
-        scales.take(kb, s);
-        finish(part[0]);
+        take_late(last);
+        finish(part[0], last);
         tile = queue.take_next();
         more = tile.row_end >= 0;
         if (more) {
-          scales.open(tile, row_in_tile);
+          open(tile);
           start(part[0]);
           step();
         }

@@ -26,6 +26,7 @@ struct GemmArguments {
   int col_offset;            // likewise for columns
   int out_is_float;
   int out_is_mapped;         // the tensor map of the output is made
+  int offsets_are_old;       // the kernel directly ahead writes neither them nor the weights
 };
 
 // What a product with SwiGLU in its store is told besides. Of GemmArguments `out` is unused there, and `n` is the

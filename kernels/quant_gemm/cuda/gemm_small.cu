@@ -4,4 +4,5 @@
 
 namespace causeway {
 SHAPES_SMALL(CAUSEWAY_DEFINE_SHAPE)
+SHAPES_HALF(CAUSEWAY_DEFINE_SHAPE)
 }  // namespace causeway

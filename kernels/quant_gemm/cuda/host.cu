@@ -16,6 +16,8 @@ namespace causeway {
 SHAPES_SMALL(DECLARE)
 SHAPES_LARGE(DECLARE)
 SHAPES_WIDE(DECLARE)
+SHAPES_PAIR(DECLARE)
+SHAPES_HALF(DECLARE)
 
 #define DECLARE_PACKED(index, ...) CAUSEWAY_PACKED_SIGNATURE(index);
 SHAPES_PACKED(DECLARE_PACKED)
@@ -29,21 +31,26 @@ using namespace causeway;
 struct TileShape {
   int rows, columns;
   int box_rows, box_columns;  // that one copy brings
+  int out_columns;            // of bfloat16 that one copy stores
+  int blocks;                 // of threads that make a tile together
   GemmLauncher launch;
 };
 
-#define ENTRY(index, rows, warpgroups, columns, stages) \
-  {rows, columns, rows, columns, CAUSEWAY_SHAPE_NAME(index)},
+#define ENTRY(index, rows, warpgroups, columns, ...) \
+  {rows, columns, rows, columns, 64, 1, CAUSEWAY_SHAPE_NAME(index)},
 #define WIDE_ENTRY(index, rows, warpgroups, stages, gated) \
-  {rows, gated ? 128 : 256, rows < 64 ? rows : 64, 128, CAUSEWAY_SHAPE_NAME(index)},
-const TileShape kTiles[] = {SHAPES_SMALL(ENTRY) SHAPES_LARGE(ENTRY) SHAPES_WIDE(WIDE_ENTRY)};
+  {rows, gated ? 128 : 256, rows < 64 ? rows : 64, 128, 64, 1, CAUSEWAY_SHAPE_NAME(index)},
+#define PAIR_ENTRY(index, blocks, columns, product, ...)                                        \
+  {128 * blocks, columns, 128, columns / blocks, product % 64 == 0 ? 64 : 32, blocks, CAUSEWAY_SHAPE_NAME(index)},
+const TileShape kTiles[] = {SHAPES_SMALL(ENTRY) SHAPES_LARGE(ENTRY) SHAPES_WIDE(WIDE_ENTRY)
+                            SHAPES_PAIR(PAIR_ENTRY) SHAPES_HALF(ENTRY)};
 
 struct PackedTile {
-  int rows, columns, blocks;  // of a stage
+  int rows, columns;
   PackedLauncher launch;
 };
 
-#define PACKED_ENTRY(index, rows, halves, blocks, stages) {rows, 64 * halves, blocks, packed_shape_##index},
+#define PACKED_ENTRY(index, rows, halves, stages) {rows, 64 * halves, packed_shape_##index},
 const PackedTile kPackedTiles[] = {SHAPES_PACKED(PACKED_ENTRY)};
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
@@ -75,7 +82,7 @@ int encode(CUtensorMap& map, CUtensorMapDataType type, const void* data, int ran
 
 // The output in parts of 16 rows and 128 bytes, as a warp stages it. Float32, and what the copy engine cannot
 // address, has no map.
-int encode_out(CUtensorMap& map, GemmArguments& args, const GateArguments& gate) {
+int encode_out(CUtensorMap& map, GemmArguments& args, const GateArguments& gate, int columns) {
   const bool gated = gate.q != nullptr;
   const void* data = gated ? gate.q : args.out;
   const int64_t stride = gated ? gate.q_stride : args.out_stride * 2;
@@ -84,9 +91,10 @@ int encode_out(CUtensorMap& map, GemmArguments& args, const GateArguments& gate)
   if (!args.out_is_mapped) return 0;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(args.n), static_cast<cuuint64_t>(args.rows)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride)};
-  const cuuint32_t box[2] = {gated ? 128u : 64u, 16};
+  const cuuint32_t box[2] = {gated ? 128u : static_cast<cuuint32_t>(columns), 16};
   const CUtensorMapDataType type = gated ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  return encode(map, type, data, 2, sizes, strides, box);
+  return encode(map, type, data, 2, sizes, strides, box,
+                columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
 }  // namespace
@@ -111,7 +119,7 @@ extern "C" int causeway_gemm(int tile, const void* a, int64_t a_stride, const vo
   const cuuint32_t b_box[3] = {kBlock, static_cast<cuuint32_t>(shape.box_columns), 1};
   const int b_error = encode(maps.b, CU_TENSOR_MAP_DATA_TYPE_UINT8, b, 3, b_sizes, b_strides, b_box);
   if (b_error != 0) return b_error;
-  const int out_error = encode_out(maps.out, *args, *gate);
+  const int out_error = encode_out(maps.out, *args, *gate, shape.out_columns);
   if (out_error != 0) return out_error;
 
   int grid = multiprocessors;
@@ -119,7 +127,7 @@ extern "C" int causeway_gemm(int tile, const void* a, int64_t a_stride, const vo
     const int lead = args->row_offset % shape.columns;
     const int64_t tiles = static_cast<int64_t>((args->n + lead + shape.columns - 1) / shape.columns) *
                           ((args->rows + shape.rows - 1) / shape.rows);
-    grid = static_cast<int>(std::min<int64_t>(grid, tiles));
+    grid = static_cast<int>(std::min<int64_t>(grid / shape.blocks, tiles)) * shape.blocks;
   }
   return shape.launch(maps, *args, *gate, grid, static_cast<cudaStream_t>(stream));
 }
@@ -147,8 +155,7 @@ extern "C" int causeway_gemm_packed(int tile, const void* a, int64_t a_stride, c
     return encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, data, 3, sizes, strides, box, swizzle);
   };
   const int packed_error =
-      encode_weight(maps.packed, packed, k / 2, shape.blocks * kBlock / 2,
-                    shape.blocks == 2 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);
+      encode_weight(maps.packed, packed, k / 2, 128, CU_TENSOR_MAP_SWIZZLE_128B);  // two blocks
   if (packed_error != 0) return packed_error;
   const int sub_error = encode_weight(maps.sub, sub, k / 32, 16, CU_TENSOR_MAP_SWIZZLE_NONE);
   if (sub_error != 0) return sub_error;

@@ -36,8 +36,8 @@ __global__ void __launch_bounds__(S::kThreads, 2) packed_kernel(
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kStages; ++i) {
-      mbar_init(full + i * 8, 2);  // both producers
-      mbar_init(empty + i * 8, S::kWarps);
+      mbar_init(full + i * 8, 1 + 32);  // the weight's producer, and all lanes that wrote scales
+      mbar_init(empty + i * 8, S::kWarps * 32);
     }
     mbar_init(queue.opened(), 1);
     mbar_fence_init();
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(S::kThreads, 2) packed_kernel(
   if (warp == S::kWarps) {  // the weight's producer
     if (lane == 0) prefetch_map(&maps.packed);
     if (lane == 0) prefetch_map(&maps.sub);
-    wait_for_previous();
+    if (!args.offsets_are_old) wait_for_previous();
     Schedule<S> schedule(args);
     Tile tile = schedule.advance();
     if (lane == 0) queue.put_first(tile);
@@ -100,15 +100,14 @@ __global__ void __launch_bounds__(S::kThreads, 2) packed_kernel(
         for (int i = 0; i < kBlocksAtOnce; i += S::kBlocks, slot.next()) {
           mbar_wait(empty + slot.stage * 8, slot.parity ^ 1);
           scale.write(i, scales + slot.stage * S::kScaleBytes);
-          __syncwarp();
           if (lane == 0) {
 #pragma unroll
             for (int b = 0; b < S::kBlocks; ++b) {
               load_2d(&maps.rows, stages + slot.stage * S::kStageBytes + b * S::kBoxBytes, full + slot.stage * 8,
                       (kb + i + b) * kBlockK, tile.row);
             }
-            mbar_arrive(full + slot.stage * 8);
           }
+          mbar_arrive(full + slot.stage * 8);
         }
       }
     }
@@ -117,8 +116,7 @@ __global__ void __launch_bounds__(S::kThreads, 2) packed_kernel(
     // Row and 16-byte chunk that this lane names to ldmatrix, with the copy engine's swizzle: matrices 0 and 1 are the
     // warp's two times eight rows of one step of 32 columns, 2 and 3 of the next.
     const int named = warp * 16 + lane % 16, group_row = warp * 16 + lane / 4;
-    const int turned = S::kBlocks == 2 ? named & 7 : named / 2 & 3;
-    const uint32_t chunk_at = named * S::kPitch + (((lane / 16) ^ turned) << 4);
+    const uint32_t chunk_at = named * S::kPitch + (((lane / 16) ^ (named & 7)) << 4);
     float sum[kHalves][kParts], part[kParts];
     uint32_t a[2][16], shift[kHalves][kBlocksAtOnce][2];
     int before = 0;  // the stage of the product under way
@@ -147,8 +145,7 @@ __global__ void __launch_bounds__(S::kThreads, 2) packed_kernel(
         const uint2 pair = s[i / 4];
         into[i] = fmaf(part[i], __uint_as_float(i % 2 ? pair.y : pair.x), into[i]);
       }
-      __syncwarp();
-      if (release && lane == 0) mbar_arrive(empty + before * 8);
+      if (release) mbar_arrive(empty + before * 8);
     };
     // Scales of four blocks as table indices; whether all of the warp's give normal codes. Weights without a value
     // may have any: their codes are zero.

@@ -1,16 +1,14 @@
-// Every tile of packed.cuh that is compiled: X(index, rows, halves of 64 weight rows, blocks of 128 columns in a stage,
-// stages). One block a stage works too, with twice the stages; two bring 128 bytes of a weight row at once.
+// Every tile of packed.cuh that is compiled: X(index, rows, halves of 64 weight rows, stages).
 // kernels/quant_gemm/tuning.py names them by their index here.
 #pragma once
 
 #include "gemm.h"
 
 #define SHAPES_PACKED(X) \
-  X(0, 8, 1, 2, 10)      \
-  X(1, 8, 2, 2, 5)       \
-  X(2, 16, 2, 2, 5)      \
-  X(3, 32, 2, 2, 4)      \
-  X(4, 48, 2, 2, 3)
+  X(0, 8, 1, 10)         \
+  X(1, 16, 2, 5)         \
+  X(2, 32, 2, 4)         \
+  X(3, 48, 2, 3)
 
 namespace causeway {
 
@@ -26,7 +24,7 @@ using PackedLauncher = int (*)(const PackedMaps&, const GemmArguments&, int, cud
 #define CAUSEWAY_PACKED_SIGNATURE(index)                                                         \
   int packed_shape_##index(const PackedMaps& maps, const GemmArguments& args, int multiprocessors, \
                            cudaStream_t stream)
-#define CAUSEWAY_DEFINE_PACKED(index, rows, halves, blocks, stages)                            \
-  CAUSEWAY_PACKED_SIGNATURE(index) {                                                          \
-    return launch_packed<PackedShape<rows, halves, blocks, stages>>(maps, args, multiprocessors, stream); \
+#define CAUSEWAY_DEFINE_PACKED(index, rows, halves, stages)                                      \
+  CAUSEWAY_PACKED_SIGNATURE(index) {                                                           \
+    return launch_packed<PackedShape<rows, halves, stages>>(maps, args, multiprocessors, stream); \
   }

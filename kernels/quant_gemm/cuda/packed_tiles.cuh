@@ -15,24 +15,24 @@ constexpr int kBlocksAtOnce = 4;   // of 128 columns, whose 1x32 scales are 16 b
 constexpr uint32_t kIndexZero = -kLowestShift;
 constexpr int kTableEntries = 32;  // one for any shift that the scales' words may hold; a power of two
 
-template <int TM, int HALVES, int BLOCKS, int STAGES>
+// A stage has two blocks of 128 columns, so that the copy engine brings 128 bytes of a packed row.
+template <int TM, int HALVES, int STAGES>
 struct PackedShape {
-  static constexpr int kRows = TM, kColumns = 64 * HALVES, kBlocks = BLOCKS, kStages = STAGES;
+  static constexpr int kRows = TM, kColumns = 64 * HALVES, kBlocks = 2, kStages = STAGES;
   static constexpr int kParts = TM / 2;  // accumulators of a thread for 64 weight rows
-  static constexpr int kPitch = BLOCKS * kBlockK / 2;  // bytes of a packed row in a stage: the copy's swizzle
+  static constexpr int kPitch = kBlocks * kBlockK / 2;  // bytes of a packed row in a stage: the copy's swizzle
   static constexpr int kBoxBytes = TM * kBlockK;       // the rows of one block
-  static constexpr int kRowBytes = BLOCKS * kBoxBytes, kPackedBytes = kColumns * kPitch;
+  static constexpr int kRowBytes = kBlocks * kBoxBytes, kPackedBytes = kColumns * kPitch;
   static constexpr int kSubBytes = kColumns * kBlocksAtOnce * kBlockK / kSubColumns;
   static constexpr int kStageBytes = kRowBytes + kPackedBytes + kSubBytes;
   // Behind the ring: for each stage four words of the weight's scales, and the rows'; the table; barriers.
-  static constexpr int kScaleBytes = kBlocksAtOnce * 4 + BLOCKS * TM * 4;
+  static constexpr int kScaleBytes = kBlocksAtOnce * 4 + kBlocks * TM * 4;
   static constexpr int kScaleOffset = STAGES * kStageBytes;
   static constexpr int kTableOffset = kScaleOffset + STAGES * kScaleBytes;
   static constexpr int kBarrierOffset = kTableOffset + kTableEntries * 8;
   static constexpr int kSharedBytes = kBarrierOffset + control_bytes(STAGES);
   static constexpr int kWarps = 4, kThreads = (kWarps + 2) * 32;
 
-  static_assert(BLOCKS == 1 || BLOCKS == 2, "a swizzle of 64 or of 128 bytes");
   static_assert(kStageBytes % 1024 == 0 && kRowBytes % 1024 == 0, "swizzled tiles start at multiples of 1024");
   static_assert(kSharedBytes <= 115712, "more shared memory than half a multiprocessor has");
 };

@@ -15,28 +15,35 @@ constexpr int kBlockK = 128;
 __host__ __device__ constexpr int barrier_bytes(int stages) { return (stages + 1) * 16; }
 __host__ __device__ constexpr int control_bytes(int stages) { return barrier_bytes(stages) + (stages + 1) * 16; }
 
-// A tile of TM rows by BN columns, made by WGS warpgroups from a ring of STAGES.
-template <int TM, int WGS, int BN, int STAGES>
+// A tile of TM rows by BN columns, made by WGS warpgroups from a ring of STAGES, each of DEPTH blocks of K.
+template <int TM, int WGS, int BN, int STAGES, int DEPTH>
 struct Shape {
-  static constexpr int kRows = TM, kColumns = BN, kStages = STAGES;
-  static constexpr int kABytes = TM * kBlockK;
-  static constexpr int kStageBytes = kABytes + BN * kBlockK;
+  static constexpr int kRows = TM, kColumns = BN, kStages = STAGES, kDepth = DEPTH;
+  static constexpr int kABytes = TM * kBlockK, kBBytes = BN * kBlockK;  // of one block of K
+  static constexpr int kBlockBytes = kABytes + kBBytes;
+  static constexpr int kStageBytes = DEPTH * kBlockBytes;
   static constexpr int kWarps = WGS * 4;
   static constexpr int kActiveWarps = TM < 64 * WGS ? (TM + 15) / 16 : kWarps;  // others own no row
   // Two consumer warpgroups need more registers than an even split gives them: the producer is then a
   // warpgroup of its own that hands registers over (setmaxnreg).
   static constexpr bool kTrades = WGS > 1;
-  static constexpr int kThreads = kWarps * 32 + (kTrades ? 128 : 64);
+  static constexpr int kThreads = kWarps * 32 + (kTrades ? 128 : 96);
   static constexpr int kParts = BN / 2;             // accumulators of a thread
   static constexpr bool kTensorStore = WGS > 1 && BN == 128;
   static constexpr int kStagingWarp = BN <= 64 ? 2048 : 4096;  // bytes, see `swizzled`
   static constexpr int kStagingBytes = kActiveWarps * kStagingWarp;
   // A warpgroup reads 64 rows of A; where a tile has fewer, it runs on into what follows.
-  static constexpr int kRunOn = TM < 64 ? 8192 : 0;
-  static constexpr int kBarrierOffset = STAGES * kStageBytes + kStagingBytes;
+  static constexpr int kRunOn = TM < 64 && kABytes + DEPTH * kBBytes < 8192 ? 8192 : 0;
+  // A warp of its own brings the scales of a stage's rows times those of its weight blocks (see `StageScales`), but
+  // for the largest tiles, which have no room for them: there each thread reads its own (`Scales`).
+  static constexpr bool kScaleWarp = TM < 64 || BN < 128;
+  static constexpr int kScaleBytes = kScaleWarp ? DEPTH * TM * 4 : 0;
+  static constexpr int kScaleOffset = STAGES * kStageBytes + kStagingBytes;
+  static constexpr int kBarrierOffset = kScaleOffset + STAGES * kScaleBytes;
   static constexpr int kSharedBytes = kBarrierOffset + control_bytes(STAGES) + kRunOn;
 
   static_assert(kSharedBytes <= 232448, "more shared memory than a block may have");
+  static_assert(kScaleWarp || DEPTH == 1, "a thread reads the scales of one block");
   static_assert(TM % 16 == 0 && WGS <= 2 && (TM == 64 * WGS || WGS == 1), "rows of a tile");
 };
 
