@@ -102,8 +102,6 @@ def score_cases() -> Iterator[Case]:
         return Timed(
             calls=[lambda: into(out, *args, fill=True)],
             library=library.index_scores(*args) if one else (),
-            backends=library.served_scores(args, rows, width) if one else {},
-            backends_in_graph=False,
         )
 
     def chosen(rows: int, seqs: int, width: int) -> Timed:
@@ -211,6 +209,7 @@ def decode_cases() -> Iterator[Case]:
         ("CSA", 8, 64, 8192, 512),
         ("CSA", 1, 64, 8192, 512),
         ("CSA", 32, 16, 8192, 512),
+        ("CSA", 8, 16, 8192, 512),
         ("CSA", 1, 16, 8192, 512),
         ("CSA", 32, 128, 8192, 1024),
         ("HCA", 32, 64, 64, None),

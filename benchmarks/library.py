@@ -127,14 +127,6 @@ def _as_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale[..., None]).to(torch.float8_e4m3fn), scale
 
 
-def served_scores(args: tuple[Any, ...], rows: int, width: int) -> dict[str, Sequence[Call]]:
-    """``index_score`` through the backend where it serves the call, its host read included."""
-    impl = _when(DEEP_GEMM, "kernels.index_score.deep_gemm_impl")
-    if impl is None or rows < impl.ROWS or width < impl.ENTRIES:
-        return {}
-    return {"deep_gemm": [partial(impl.index_score, *args)]}
-
-
 def sparse_prefill(
     q: Tensor, window: WindowRows, entries: EntryPages | None, sink: Tensor, scale: float
 ) -> list[Call]:

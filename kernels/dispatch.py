@@ -182,10 +182,7 @@ _FASTER: dict[str, tuple[Implementation, ...]] = {
     ),
     "linear_swiglu_quant": _hopper("quant_gemm", "SwiGLU and FP8 form in the product's store"),
     "expert_ffn_quant": _hopper("quant_gemm", "two grouped FP8 products, SwiGLU in a store"),
-    "index_score": (
-        _optional("index_score", "deep_gemm", DEEP_GEMM, "long prefill of one sequence; else cuda"),
-        *_hopper("index_score", "FP8 tensor cores; bf16 q of 64 x 128, else the twin"),
-    ),
+    "index_score": _hopper("index_score", "FP8 tensor cores; bf16 q of 64 x 128, else the twin"),
     "index_topk": _hopper(
         "index_topk", "scores stay on the GPU; bf16 q of 64 x 128, else the twin"
     ),
@@ -227,8 +224,14 @@ _FASTER: dict[str, tuple[Implementation, ...]] = {
         *_hopper("moe_gate", "bf16: one launch for up to 64 rows, else two; else Triton"),
         *_triton("moe_gate", "exact f32 logits of bf16 on the tensor cores, no host sync"),
     ),
-    "moe_permute": _triton("moe_permute", "counting sort on the device, no host sync"),
-    "moe_permute_quant": _triton("moe_permute", "codes and scales are copied, no host sync"),
+    "moe_permute": (
+        *_hopper("moe_permute", "counting sort by one cluster, then the copies; few rows: Triton"),
+        *_triton("moe_permute", "counting sort on the device, no host sync"),
+    ),
+    "moe_permute_quant": (
+        *_hopper("moe_permute", "the same, codes and scales are copied; few rows: Triton"),
+        *_triton("moe_permute", "codes and scales are copied, no host sync"),
+    ),
     "moe_unpermute": _triton("moe_permute", "one pass; f64 runs the twin"),
     "gumbel_noise": _triton("gumbel", "one pass, the twin's bits"),
     "sample_partial": _hopper("sample_partial", "one pass, noise only where it may win"),

@@ -17,12 +17,14 @@ from kernels.nvcc import check_launch, load_library, pointer, stream
 from kernels.page_layout import CacheDtype, PageLayout
 
 _FOLDER = Path(__file__).parent / "cuda"
-_SOURCES = (_FOLDER / "index_score.cu", _FOLDER / "keys.cuh")
+_SOURCES = tuple(_FOLDER / name for name in ("index_score.cu", "keys.cuh", "product.cuh"))
 _HEADS, _DIM = 64, 128
 _STRIDE = 256  # columns; the row stride is a multiple of it
 _DECODE_ROWS = 512  # up to here a block takes one row where most sequences have one or two
 _SMALL_ROWS = 256  # up to here a block takes 4 rows, then 8
-_BLOCKS_PER_PROCESSOR = 8  # blocks of a long prefill; causal rows make them uneven
+_TILE_ENTRIES = {1: 192, 4: 192, 8: 256}  # entries that a block takes at once, by its rows
+_START_ENTRIES = 256  # what starting a block costs, in entries
+_LEAST_START = {1: 0.02, 4: 0.02, 8: 0.005}  # at least, as a share: rows may end before the table
 
 
 def build() -> None:
@@ -107,7 +109,7 @@ def score_into(
         ctypes.c_int(fill),
         ctypes.c_float(head_scale or 0.0),  # 0: weights as they are
         ctypes.c_int(tile),
-        ctypes.c_int(_parts(-(-rows // tile), tile, width, q.device.index or 0)),
+        *map(ctypes.c_int, _cut(-(-rows // tile), tile, width, q.device.index or 0)),
         stream(q),
     )
     check_launch("index_score", code)
@@ -120,14 +122,22 @@ def _tile(rows: int, sequences: int) -> int:
     return 4 if rows <= _SMALL_ROWS else 8
 
 
-def _parts(tiles: int, tile: int, width: int, device: int) -> int:
-    """Blocks that share the entries of one tile of rows."""
-    processors = _processors(device) * (2 if tile == 1 else 1)  # blocks that run at once
-    most = -(-width // 192)  # 3 warpgroups of 64 entries
-    wanted = (
-        processors // tiles if tiles < processors else _BLOCKS_PER_PROCESSOR * processors // tiles
-    )
-    return max(1, min(most, wanted))
+@functools.lru_cache(maxsize=1024)
+def _cut(tiles: int, tile: int, width: int, device: int) -> tuple[int, int]:
+    """How blocks share the entries of tiles: (``coarse``, ``fine``).
+
+    The first ``coarse`` tiles have a block each, the others are cut into ``fine`` blocks: whole rounds
+    of the processors first, then what leaves few of them idle at the end.
+    """
+    at_once = _processors(device) * (2 if tile == 1 else 1)  # blocks that run at once
+    most = max(1, min(at_once, -(-width // _TILE_ENTRIES[tile])))
+    start = max(_START_ENTRIES / width, _LEAST_START[tile])
+    coarse = tiles // at_once * at_once
+
+    def cost(parts: int) -> float:
+        return -(-(tiles - coarse) * parts // at_once) * (1 / parts + start)
+
+    return coarse, min(range(1, most + 1), key=cost)
 
 
 @functools.cache

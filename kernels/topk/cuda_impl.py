@@ -12,14 +12,15 @@ from kernels.nvcc import check_launch, load_library, pointer, stream
 from kernels.topk import reference
 
 _FOLDER = Path(__file__).parent / "cuda"
-_SOURCES = (_FOLDER / "topk.cu", _FOLDER / "row.cuh", _FOLDER / "select.cuh")
+_SOURCES = tuple(
+    _FOLDER / name for name in ("topk.cu", "row.cuh", "held.cuh", "edge.cuh", "select.cuh")
+)
 _MERGE_COLUMNS = 8192  # candidates of a row that fit into shared memory
 _LONG_ROW = 16384  # columns; a cluster of 8 blocks may read such a row,
-_CLUSTER_ROWS = 33  # up to this many rows: 2 blocks for every processor
-_LONGER_ROW, _WIDE_ROWS = 131072, 4  # the same for clusters of 16
-_SHORT_ROW = 8192  # columns; more threads would only wait for each other
+_CLUSTER_ROWS = 16  # up to this many rows: a block for every processor
+_SHORT_ROW = 2048  # columns that the registers of 256 threads hold; 512 hold 8192
+_FEW_ROWS = 264  # blocks of 512 threads that run at once
 _SMALL_K, _SMALL_ROW = 1024, 65536  # up to here few candidates are kept: more rows at once
-_ROWS_AT_ONCE = 132  # blocks of 1024 threads that run at once; twice as many of 512
 
 
 def build() -> None:
@@ -71,15 +72,12 @@ def select_into(
 
 def _shape(rows: int, columns: int, k: int) -> int:
     """How many threads take a row; see the launcher. The result is the same with any."""
-    if rows <= _WIDE_ROWS and columns >= _LONGER_ROW:
-        return 4
     if rows <= _CLUSTER_ROWS and columns >= _LONG_ROW:
-        return 3
-    if columns <= _SHORT_ROW:
-        return 0 if k <= _SMALL_K else 1
-    if rows <= _ROWS_AT_ONCE:
         return 2
-    return 1 if rows <= 2 * _ROWS_AT_ONCE or k > _SMALL_K or columns > _SMALL_ROW else 0
+    if columns <= _SHORT_ROW:
+        return 0
+    few = rows <= _FEW_ROWS or columns <= 4 * _SHORT_ROW
+    return 1 if few or k > _SMALL_K or columns > _SMALL_ROW else 0
 
 
 def topk_merge(values: Tensor, indices: Tensor, k: int) -> Tensor:

@@ -173,7 +173,6 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     ("pinned", "op"),
     [
         (backend.DEEP_GEMM, "linear_quant"),
-        (backend.DEEP_GEMM, "index_score"),
         (backend.FLASH_MLA, "sparse_attention"),
     ],
 )

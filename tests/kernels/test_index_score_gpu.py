@@ -69,9 +69,10 @@ def test_scores(rows: int, run: int, fp4: bool) -> None:
     assert got.stride(0) > got.shape[1]
 
 
-@pytest.mark.parametrize(("per_page", "pad"), [(1, 4), (16, 0), (100, 8)])
-def test_page_sizes_and_odd_addresses(per_page: int, pad: int) -> None:
-    args = inputs(21, per_page=per_page, blocks=7, pad=pad, run=3)
+@pytest.mark.parametrize("rows", [5, 21, 300])
+@pytest.mark.parametrize(("per_page", "pad"), [(1, 4), (16, 0), (48, 16), (100, 8)])
+def test_page_sizes_and_odd_addresses(per_page: int, pad: int, rows: int) -> None:
+    args = inputs(rows, per_page=per_page, blocks=7, pad=pad, run=3)
     assert error(scores(args, per_page), twin(args, per_page)) < BOUND
 
 

@@ -34,6 +34,31 @@ def test_random_and_special_rows(columns: int, k: int) -> None:
     same(special(3, columns), k)
 
 
+@pytest.mark.parametrize("rows", [3, 20, 300])
+@pytest.mark.parametrize(
+    "columns", [2048, 2049, 4097, 8192, 9001, 16384, 16385, 24576, 32768, 32769]
+)
+def test_rows_that_registers_hold(columns: int, rows: int) -> None:
+    """Up to the last column that a block's or a cluster's threads hold, and one more."""
+    scores = torch.randn(rows, columns, device="cuda")
+    same(scores, 512)
+    same(special(rows, columns), 1024)
+    same(torch.randint(0, 9, (rows, columns), device="cuda").float(), 512)  # bins of equal scores
+    same(torch.randint(0, 1000, (rows, columns), device="cuda").float(), 700)
+    scores[:, ::1000] *= 1e6  # the rest shares a few bins
+    same(scores, 512)
+    scores[:, 77] = INF
+    same(scores, 512)
+
+
+def test_lengths_within_a_wide_table() -> None:
+    lengths = [0, 1, 511, 512, 513, 2048, 4096, 4097, 8192, 8193, 20000, 32768, 32769, 40000, 65536]
+    for columns in (65536, 131072):
+        for rows in (2, len(lengths), 5 * len(lengths)):
+            end = torch.tensor(lengths * 5, device="cuda")[torch.randperm(5 * len(lengths))[:rows]]
+            same(torch.randn(rows, columns, device="cuda"), 512, None, end)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 8, 40])
 def test_long_rows(rows: int) -> None:
     same(torch.randn(rows, 262144, device="cuda"), 512)

@@ -1,4 +1,4 @@
-// Keys of index_score: from their pages to registers, either straight or through a ring in shared memory.
+// Keys of index_score: from their pages through a ring in shared memory to registers.
 #pragma once
 #include "hopper.cuh"
 
@@ -6,8 +6,6 @@ namespace causeway {
 
 constexpr int kHeads = 64;
 constexpr int kDim = 128;
-constexpr int kGroups = 3;  // warpgroups
-constexpr int kThreads = 128 * kGroups;
 constexpr int kTile = 64;                  // keys of a warpgroup
 constexpr int kTermBytes = kHeads * kDim;  // one row's queries, one term
 
@@ -27,6 +25,7 @@ struct ScoreArgs {
   int64_t out_row;
   int rows, width, fill;
   float w_scale;  // 0: w as it is; else w becomes bf16, then is multiplied by this
+  int coarse, fine, tiles;  // of all tiles of rows the first `coarse` have one block each, the others `fine`
 };
 
 // Page of the block table, and place in it, of an entry.
@@ -39,31 +38,6 @@ struct KeyTile {
   uint32_t words[2][8];  // rows g and g + 8 of the warp's 16
   float scale[2];        // NaN: the page is not here
 };
-
-__device__ __forceinline__ void load_keys(KeyTile& tile, const ScoreArgs& a, const int32_t* table,
-                                          int first, int limit, bool aligned) {
-  int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    int entry = first + 16 * warp + 8 * half + (lane >> 2);
-    tile.scale[half] = __int_as_float(0x7fffffff);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) tile.words[half][j] = 0;
-    if (entry >= limit) continue;
-    int block = block_of(a, entry), offset = entry - block * a.per_page;
-    int64_t page = __ldg(table + block);
-    if (page < 0) continue;
-    const uint8_t* base = a.pool + page * a.page_stride;
-    const uint8_t* key = base + (int64_t)offset * kDim + (lane & 3) * 16;
-    uint4 low = load16(key, aligned), high = load16(key + 64, aligned);
-    tile.words[half][0] = low.x, tile.words[half][1] = low.y;
-    tile.words[half][2] = low.z, tile.words[half][3] = low.w;
-    tile.words[half][4] = high.x, tile.words[half][5] = high.y;
-    tile.words[half][6] = high.z, tile.words[half][7] = high.w;
-    tile.scale[half] =
-        __ldg(reinterpret_cast<const float*>(base + (int64_t)a.per_page * kDim + offset * 4));
-  }
-}
 
 // 16 keys of one warp, on their way or landed; chunks of odd rows swap halves (bank conflicts).
 struct alignas(16) WarpKeys {
@@ -113,7 +87,7 @@ __device__ __forceinline__ void start_keys(WarpKeys& to, const ScoreArgs& a, Pla
   }
 }
 
-// The same where pages hold multiples of 16 keys: a warp's keys lie together, `first` being theirs.
+// The same where pages hold multiples of 16 keys and lie at multiples of 16 bytes: a warp's keys lie together, `first` being theirs.
 __device__ __forceinline__ void start_page_keys(WarpKeys& to, const ScoreArgs& a, Place first) {
   int lane = threadIdx.x & 31;
   bool here = first.page >= 0;
@@ -146,5 +120,59 @@ __device__ __forceinline__ void read_keys(KeyTile& tile, const WarpKeys& from) {
     tile.scale[half] = from.scale[row];
   }
 }
+
+// One warp's keys of every `stride`-th tile from `begin` on, several tiles on their way.
+template <int kDepth, bool kTogether>
+struct KeyStream {
+  WarpKeys* ring;
+  const int32_t* table;
+  int own, stride, limit;  // own: this lane's key within a tile
+  bool aligned;
+  Place next;
+  int slot, ahead;
+
+  __device__ __forceinline__ void start(WarpKeys& to, const ScoreArgs& a, Place place) {
+    if constexpr (kTogether) {
+      start_page_keys(to, a, place);
+    } else {
+      start_keys(to, a, place, aligned);
+    }
+  }
+
+  __device__ __forceinline__ void open(const ScoreArgs& a, int seq, int begin, int entries) {
+    int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
+    table = a.block_table + (int64_t)max(seq, 0) * a.table_row;
+    limit = entries;
+    aligned = ((uintptr_t)a.pool | (uintptr_t)a.page_stride) % 16 == 0;
+    own = 16 * warp + (kTogether ? 0 : lane & 15);
+    Place place[kDepth];
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) place[d] = find_key(a, table, begin + d * stride + own, limit);
+#pragma unroll
+    for (int d = 0; d < kDepth - 1; ++d) {
+      if (begin + d * stride < limit) start(ring[d], a, place[d]);
+      asm volatile("cp.async.commit_group;" ::: "memory");
+    }
+    next = place[kDepth - 1];
+    slot = 0, ahead = kDepth - 1;
+  }
+
+  // The keys of `tile`; the copy of a later tile starts.
+  __device__ __forceinline__ void take(KeyTile& keys, const ScoreArgs& a, int tile) {
+    if (tile + (kDepth - 1) * stride < limit) start(ring[ahead], a, next);
+    asm volatile("cp.async.commit_group;\ncp.async.wait_group %0;" ::"n"(kDepth - 1) : "memory");
+    next = find_key(a, table, tile + kDepth * stride + own, limit);
+    __syncwarp();
+    read_keys(keys, ring[slot]);
+    __syncwarp();
+    slot = slot + 1 == kDepth ? 0 : slot + 1;
+    ahead = ahead + 1 == kDepth ? 0 : ahead + 1;
+  }
+
+  __device__ __forceinline__ void close() {
+    copies_wait_all();
+    __syncwarp();
+  }
+};
 
 }  // namespace causeway

@@ -1,6 +1,6 @@
 // Selection in one row: a bound from a sample, candidates that reach it, the chosen ones in order.
 #pragma once
-#include "select.cuh"
+#include "edge.cuh"
 
 namespace causeway {
 
@@ -8,9 +8,10 @@ constexpr int kMostSamples = 4096;
 constexpr int kBitmapWords = 8192;  // rows of up to 262144 columns
 constexpr float kLowest = -3.402823466e38f;
 
-template <int kCapacity>
+template <int kThreads, int kCapacity>
 struct SelectSmem {
   uint2 found[kCapacity];  // candidates: score (its bits, then its key) and column
+  EdgeSmem<kThreads> edge;
   SelectScratch scratch;
   uint32_t count, pushed;
   uint32_t bitmap[1];  // as many words as the row needs
@@ -18,7 +19,7 @@ struct SelectSmem {
 
 // Appends the columns of [begin, end) whose score reaches `bound` to the candidates, in any order.
 template <int kThreads, int kCapacity>
-__device__ void collect(SelectSmem<kCapacity>& s, const float* __restrict__ row, int begin, int end, float bound) {
+__device__ void collect(SelectSmem<kThreads, kCapacity>& s, const float* __restrict__ row, int begin, int end, float bound) {
   int misaligned = (int)(((uintptr_t)(row + begin) >> 2) & 3);
   int body = min(end, begin + ((4 - misaligned) & 3));
   int body_end = body + ((end - body) & ~3);
@@ -111,10 +112,27 @@ __device__ uint32_t walk_bitmap(const uint32_t* bitmap, int words, SelectScratch
   return total;
 }
 
+// Writes the candidates that are chosen(key and column) or marked in the bitmap, ascending; -1 behind them. at(i)
+// is where candidate i lies.
+template <int kThreads, int kCapacity, typename At, typename Chosen>
+__device__ void emit_marked(SelectSmem<kThreads, kCapacity>& s, int count, int n, int shift, int k,
+                            int32_t* __restrict__ out, At at, Chosen chosen) {
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    uint2 x = s.found[at(i)];
+    if (chosen(x)) atomicOr(&s.bitmap[x.y >> 5], 1u << (x.y & 31));
+  }
+  __syncthreads();
+  uint32_t total =
+      walk_bitmap<kThreads>(s.bitmap, (n + 31) >> 5, s.scratch, [&](int word, uint32_t bits, uint32_t before) {
+        for (; bits; bits &= bits - 1) out[before++] = 32 * word + __ffs(bits) - 1 + shift;
+      });
+  for (int i = (int)total + threadIdx.x; i < k; i += kThreads) out[i] = -1;
+}
+
 // Writes the candidates that pass the threshold, ascending; -1 behind them. at(i) is where candidate i
 // lies. The bitmap is empty.
 template <int kThreads, int kCapacity, typename At>
-__device__ void emit(SelectSmem<kCapacity>& s, Threshold<uint32_t> limit, int count, int n, int shift, int k,
+__device__ void emit(SelectSmem<kThreads, kCapacity>& s, Threshold<uint32_t> limit, int count, int n, int shift, int k,
                      int32_t* __restrict__ out, At at) {
   int words = (n + 31) >> 5;
   auto mark = [&](int i) { atomicOr(&s.bitmap[s.found[i].y >> 5], 1u << (s.found[i].y & 31)); };
@@ -135,16 +153,8 @@ __device__ void emit(SelectSmem<kCapacity>& s, Threshold<uint32_t> limit, int co
     __syncthreads();
   }
   bool with_ties = limit.room > 0 && limit.room == limit.ties;
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    uint32_t key = s.found[at(i)].x;
-    if (key > limit.key || (with_ties && key == limit.key)) mark(at(i));
-  }
-  __syncthreads();
-  uint32_t total =
-      walk_bitmap<kThreads>(s.bitmap, words, s.scratch, [&](int word, uint32_t bits, uint32_t before) {
-        for (; bits; bits &= bits - 1) out[before++] = 32 * word + __ffs(bits) - 1 + shift;
-      });
-  for (int i = (int)total + threadIdx.x; i < k; i += kThreads) out[i] = -1;
+  emit_marked<kThreads>(s, count, n, shift, k, out, at,
+                        [&](uint2 x) { return x.x > limit.key || (with_ties && x.x == limit.key); });
 }
 
 // Any row, any k: radix select over global memory, then one ordered pass.
@@ -195,9 +205,10 @@ __device__ void select_exactly(SelectScratch& s, const float* __restrict__ row, 
 
 // A lower bound that surely, yet not by much, lies below the k-th best: that of rank `rank` in a sample.
 template <int kThreads>
-__device__ float sample_bound(SelectScratch& s, const float* __restrict__ row, int n, int samples, int rank) {
+__device__ float sample_bound(EdgeSmem<kThreads>& e, SelectScratch& s, const float* __restrict__ row, int n,
+                              int samples, int rank) {
   constexpr int kEach = kMostSamples / kThreads;
-  uint32_t keys[kEach], top = 0, low = ~0u, valid = 0;
+  uint32_t keys[kEach], high = 0, low = ~0u, valid = 0;
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
     int i = j * kThreads + (int)threadIdx.x;
@@ -205,22 +216,20 @@ __device__ float sample_bound(SelectScratch& s, const float* __restrict__ row, i
   }
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
-    top = max(top, keys[j]);
+    high = max(high, keys[j]);
     low = keys[j] ? min(low, keys[j]) : low;
     valid += keys[j] != 0;
   }
-  // The smallest of 128 groups' best values has at least 128 samples above it.
-  constexpr int kLanes = kThreads / 128;
-  uint32_t best = top;
+  gather_range<kThreads>(e, valid, low, high);
+  if (valid < (uint32_t)rank) return kLowest;
+  Scale<kThreads> scale(low, high);
 #pragma unroll
-  for (int d = 1; d < kLanes; d <<= 1) best = max(best, __shfl_xor_sync(~0u, best, d));
-  uint32_t total;
-  block_scan<kThreads>(valid, s, total);
-  if (total < (uint32_t)rank) return kLowest;
-  uint32_t high = top, floor = best, unused = 0;
-  block_range<kThreads>(s, low, high);
-  block_range<kThreads>(s, floor, unused);
-  if (floor > 0 && rank <= 128) low = floor;
+  for (int j = 0; j < kEach; ++j) {
+    if (keys[j]) e.add(scale.bin(key_to_float(keys[j])));
+  }
+  __syncthreads();
+  find_edge<kThreads>(e, rank);
+  if (e.in_bin <= (uint32_t)rank / 4 + 8) return scale.base + (float)e.bin / scale.factor;
   auto limit = radix_select<kThreads, uint32_t>(
       s, rank, low, high,
       [&](auto visit) {

@@ -1,24 +1,22 @@
 // topk_select and topk_merge: exact, deterministic selection. Contract: kernels/topk/api.py.
 //
-// A row is read once. A sample of it gives a score that surely (checked, else the exact radix path
-// runs) lies below the k-th best; what reaches it is a candidate and goes to shared memory, where a
-// radix select finds the k best. A bitmap over the columns puts them in ascending order.
+// A row that its threads can hold stays in registers (held.cuh). A longer one is read once. A sample of it gives
+// a score that surely (checked, else the exact radix path runs) lies below the k-th best; what reaches it is a
+// candidate and goes to shared memory, where a histogram (edge.cuh), or a radix select where many scores are
+// nearly equal, finds the k best. A bitmap over the columns puts them in ascending order.
 #include <cooperative_groups.h>
 
+#include <type_traits>
+
+#include "held.cuh"
 #include "row.cuh"
 
 namespace cg = cooperative_groups;
 namespace causeway {
 
 constexpr int kMergeCandidates = 8192;
-constexpr int kSolo = 4096;  // columns that one block of a cluster takes alone
-
-__device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void cluster_wait() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
+constexpr int kSolo = 8192;  // columns that one block of a cluster takes alone
+constexpr int kFew = 8;      // columns of a thread in a short row; twice as many in a longer one
 
 template <int kCluster, int kThreads, int kCapacity, int kBlocks>
 __global__ void __launch_bounds__(kThreads, kBlocks)
@@ -27,10 +25,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
                        const int64_t* __restrict__ row_seq, int32_t* __restrict__ out) {
   asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
   extern __shared__ char raw[];
-  using Smem = SelectSmem<kCapacity>;
+  using Smem = SelectSmem<kThreads, kCapacity>;
   Smem& s = *reinterpret_cast<Smem*>(raw);
   int64_t r = blockIdx.x / kCluster;
   int rank = blockIdx.x % kCluster;
+  // Where a row starts at its first column, its values are on their way before its length is known.
+  float early[kFew];
+  if (!row_start && rank == 0) load_held(early, scores + r * stride, columns);
   int64_t origin = row_start ? row_start[r] : 0;
   int64_t begin = max(origin, (int64_t)0);
   int64_t end = row_end ? min(row_end[r], (int64_t)columns) : columns;
@@ -40,6 +41,30 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   out += r * k;
   bool solo = kCluster == 1 || n <= kSolo;  // one block does it all: no wait for the others
   if (solo && rank > 0) return;
+  auto& held = *reinterpret_cast<HeldSmem<kThreads>*>(raw);
+  auto take = [&](auto each, auto cluster, int from, int count) {
+    float values[decltype(each)::value];
+    load_held(values, row + from, count);
+    return select_held<decltype(cluster)::value, kThreads>(held, rank, values, count, from, shift, k, out);
+  };
+  using One = std::integral_constant<int, 1>;
+  if (solo && n <= 2 * kFew * kThreads) {
+    if (n <= kFew * kThreads) {
+      if (row_start) load_held(early, row, n);
+      if (select_held<1, kThreads>(held, 0, early, n, 0, shift, k, out)) return;
+    } else if (take(std::integral_constant<int, 2 * kFew>{}, One{}, 0, n)) {
+      return;
+    }
+    __syncthreads();
+  }
+  if constexpr (kCluster > 1) {
+    int part = ((n + kCluster - 1) / kCluster + 3) & ~3, from = min(n, rank * part), own = min(n - from, part);
+    if (!solo && part <= kFew * kThreads) {
+      cluster_arrive();
+      if (take(std::integral_constant<int, kFew>{}, std::integral_constant<int, kCluster>{}, from, own)) return;
+      __syncthreads();
+    }
+  }
 
   // As few samples (in 128ths, 64ths, 32nds) as leave room for the candidates.
   int samples = 0, sample_rank = 0;
@@ -57,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   if constexpr (kCluster > 1) {
     if (!solo) cluster_arrive();
   }
-  float bound = sampled ? sample_bound<kThreads>(s.scratch, row, n, samples, sample_rank) : kLowest;
+  float bound = sampled ? sample_bound<kThreads>(s.edge, s.scratch, row, n, samples, sample_rank) : kLowest;
   __syncthreads();
   if (!exact) {
     int part = solo ? n : ((n + kCluster - 1) / kCluster + 3) & ~3;
@@ -98,7 +123,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     high = max(high, key);
   }
   if (count > (uint32_t)k) {
-    block_range<kThreads>(s.scratch, low, high);
+    uint32_t all = 0;
+    uint2 last;
+    gather_range<kThreads>(s.edge, all, low, high);
+    auto each = [&](auto visit) {
+      for (uint32_t i = threadIdx.x; i < count; i += kThreads) visit(s.found[at(i)].x, s.found[at(i)].y);
+    };
+    if (select_by_edge<kThreads>(s.edge, low, high, k, each, last)) {
+      emit_marked<kThreads>(s, (int)count, n, shift, k, out, at, [&](uint2 x) { return !precedes(last, x); });
+      return;
+    }
     limit = radix_select<kThreads, uint32_t>(s.scratch, k, low, high, [&](auto visit) {
       for (uint32_t i = threadIdx.x; i < count; i += kThreads) visit(s.found[at(i)].x);
     });
@@ -171,10 +205,8 @@ int launch_select(const float* scores, int64_t rows, int64_t stride, int columns
                   cudaStream_t stream) {
   auto kernel = topk_select_kernel<kCluster, kThreads, kCapacity, kBlocks>;
   int words = columns / 32 + 1;
-  int bytes = (int)sizeof(SelectSmem<kCapacity>) + 4 * (words < kBitmapWords ? words : kBitmapWords);
+  int bytes = (int)sizeof(SelectSmem<kThreads, kCapacity>) + 4 * (words < kBitmapWords ? words : kBitmapWords);
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return (int)error;
-  if (kCluster > 8) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error != cudaSuccess) return (int)error;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3((unsigned)(rows * kCluster));
@@ -193,16 +225,14 @@ int launch_select(const float* scores, int64_t rows, int64_t stride, int columns
 
 }  // namespace causeway
 
-// shape 0: many rows with few candidates; 1, 2: fewer rows, more threads each; 3, 4: a cluster for each.
+// shape 0: many rows with few candidates; 1: fewer rows, more threads each; 2: a cluster for each.
 extern "C" int causeway_topk_select(const float* scores, int64_t rows, int64_t stride, int columns, int k,
                                     const int64_t* row_start, const int64_t* row_end, const int64_t* row_seq,
                                     int32_t* out, int shape, cudaStream_t stream) {
   using namespace causeway;
   auto launch = shape == 0   ? launch_select<1, 256, 4096, 4>
                 : shape == 1 ? launch_select<1, 512, 8192, 2>
-                : shape == 2 ? launch_select<1, 1024, 8192, 1>
-                : shape == 3 ? launch_select<8, 512, 8192, 2>
-                             : launch_select<16, 512, 8192, 2>;
+                             : launch_select<8, 512, 8192, 2>;
   return launch(scores, rows, stride, columns, k, row_start, row_end, row_seq, out, stream);
 }
 
