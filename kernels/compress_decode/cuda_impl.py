@@ -14,10 +14,17 @@ from kernels.compress_decode import reference
 from kernels.compress_decode.api import CompressPart
 from kernels.page_cache.cuda_pages import PagesArg, aligned, is_aligned, pages_argument
 from kernels.page_layout import PageLayout
-from kernels.qkv_norm_rope.cuda_impl import CLUSTER, INDEX_DIMS, LATENT_DIMS, PAIRS, ROW_MATH
+from kernels.qkv_norm_rope.cuda_impl import (
+    CLUSTER,
+    INDEX_DIMS,
+    LATENT_DIMS,
+    LAUNCH,
+    PAIRS,
+    ROW_MATH,
+)
 
 _FOLDER = Path(__file__).parent / "cuda"
-POOLING = (_FOLDER / "pooling.cuh", ROW_MATH, CLUSTER)
+POOLING = (_FOLDER / "pooling.cuh", ROW_MATH, CLUSTER, LAUNCH)
 _FLOATS = (torch.float32, torch.bfloat16)
 
 

@@ -17,7 +17,7 @@ from kernels.quant_rows.api import QuantRows, empty_quant_rows
 from kernels.triton_math import padded, twin_for_float64
 
 _BLOCK = 128  # choices of a program that places
-_FEW = 512  # choices up to which every program finds its places among all of them
+FEW = 512  # choices up to which every program finds its places among all of them
 _SCAN, _BINS = 256, 8  # blocks a step of the scan adds up, experts of one of its programs
 _COLUMNS = 2048
 
@@ -180,7 +180,7 @@ def _permute(
     offsets = torch.empty((num_local + 1,), dtype=torch.int64, device=x.device)
     blocks, bins = triton.cdiv(count, _BLOCK), padded(num_local + 1, 32)
     width = _COLUMNS if x.element_size() > 1 else 2 * _COLUMNS
-    few = count <= _FEW
+    few = count <= FEW
     block = min(width // 2 if few else width, padded(dim, 32))
     scales = 0 if scale is None else scale.shape[1]
     strides = (

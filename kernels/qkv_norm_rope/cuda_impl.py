@@ -16,12 +16,13 @@ from torch import Tensor
 from kernels import nvcc
 from kernels.index_query import triton_impl as index_query
 from kernels.kv_insert import triton_impl as kv_insert
-from kernels.page_cache.cuda_pages import PagesArg, aligned, pages_argument
+from kernels.page_cache.cuda_pages import PagesArg, aligned, is_aligned, pages_argument
 from kernels.page_layout import PageLayout
 from kernels.q_norm_rope import triton_impl as q_norm_rope
 
 _FOLDER = Path(__file__).parent / "cuda"
 ROW_MATH, CLUSTER = _FOLDER / "row_math.cuh", _FOLDER / "cluster.cuh"
+LAUNCH, _LATENTS = _FOLDER / "launch.cuh", _FOLDER / "latents.cuh"
 _FLOATS = (torch.float32, torch.bfloat16)
 PAIRS = 32  # rotary pairs, one per lane
 LATENT_DIMS, INDEX_DIMS = (128, 512), (64, 128)
@@ -40,13 +41,13 @@ class _Call(ctypes.Structure):
         ("eps", ctypes.c_float),
         ("index_scale", ctypes.c_float),
         *((name, ctypes.c_int) for name in ("q_heads", "index_heads", "dim", "index_dim")),
-        *((name, ctypes.c_int) for name in ("is_f32", "weight_f32", "quantize")),
+        *((name, ctypes.c_int) for name in ("is_f32", "weight_f32", "weight_early", "quantize")),
     ]
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = nvcc.load_library(_FOLDER / "qkv.cu", ROW_MATH)
+    library = nvcc.load_library(_FOLDER / "qkv.cu", ROW_MATH, LAUNCH, _LATENTS)
     library.causeway_qkv_norm_rope.argtypes = (ctypes.POINTER(_Call), ctypes.c_void_p)
     return library
 
@@ -84,6 +85,8 @@ def launch_rows(
         call.q, call.q_out, call.dim = held[0].data_ptr(), _pointer(outs[0]), q.shape[2]
         call.q_stride, call.q_head_stride, call.q_heads = *held[0].stride()[:2], q.shape[1]
     if kv is not None and held[1] is not None and weight is not None:
+        # Weights stand still, and are read while the kernel ahead still runs; a copy is what it writes.
+        call.weight_early = is_aligned(weight)
         weight = aligned(weight)
         call.kv, call.kv_out, call.dim = held[1].data_ptr(), _pointer(outs[1]), kv.shape[1]
         call.kv_stride = held[1].stride(0)

@@ -108,7 +108,7 @@ def setup(source: ModelSource, cp: int, tp: int) -> WorkerConfig:
     )
 
 
-@pytest.mark.parametrize(("cp", "tp"), [(4, 1), (2, 2), (1, 4)])
+@pytest.mark.parametrize(("cp", "tp"), [(4, 1), (2, 2)])
 @pytest.mark.parametrize("numerics", ["fp32", "release"])
 def test_golden(cp: int, tp: int, numerics: str) -> None:
     ids: list[int] = load_file(GOLDEN / "golden.safetensors")["input_ids"].tolist()

@@ -30,9 +30,19 @@ __device__ __forceinline__ int64_t slot_of(const Chunk& a, int64_t entry) {
   return a.slots ? a.slots[entry] : -1;
 }
 
+// Ahead of `await_inputs`: what a block that makes entries from `first` on waits for, but row numbers.
+__device__ __forceinline__ void ask_for_entries(const Chunk& a, int64_t first) {
+  if (threadIdx.x == 32) ask_for(a.positions + first);
+  if (threadIdx.x == 33 && a.slots) ask_for(a.slots + first);
+  if (threadIdx.x == 34) ask_for(a.finish.inv_freq);
+}
+
 template <int D, class T>
 __global__ void __launch_bounds__(D / 4, D == 512 ? 6 : 16) main4_kernel(const __grid_constant__ Chunk a) {
   __shared__ float sums[D / 64];
+  ask_for_entries(a, blockIdx.x);
+  if (threadIdx.x == 0) ask_for(a.row_index + blockIdx.x * a.index_stride);
+  await_inputs();
   int64_t entry = blockIdx.x, position = a.positions[entry], slot = slot_of(a, entry);
   int col = threadIdx.x * 4;
   IndexedRows<D, 2> rows{a, a.row_index + entry * a.index_stride, col};
@@ -49,10 +59,16 @@ __global__ void __launch_bounds__(D / 4, D == 512 ? 6 : 16) main4_kernel(const _
 
 constexpr int kIndexWarps = 4;
 
-// A warp per indexer key. Its u wait in shared memory, so that registers allow all warps at once.
+// A warp per indexer key. Its u wait in shared memory, to spare registers; so do weight and angles, made
+// while rows are under way: most warps get their last row at about the same time.
 template <int D, class T>
-__global__ void __launch_bounds__(32 * kIndexWarps, 8) index4_kernel(const __grid_constant__ Chunk a) {
-  __shared__ float4 waiting[8][32 * kIndexWarps];
+__global__ void __launch_bounds__(32 * kIndexWarps, 7) index4_kernel(const __grid_constant__ Chunk a) {
+  __shared__ float4 waiting[8][32 * kIndexWarps], turns[32 * kIndexWarps];
+  __shared__ float4 weights[32 * kIndexWarps];
+  ask_for_entries(a, (int64_t)blockIdx.x * kIndexWarps);
+  int64_t asked = (int64_t)blockIdx.x * kIndexWarps + threadIdx.x;
+  if (threadIdx.x < kIndexWarps && asked < a.entries) ask_for(a.row_index + asked * a.index_stride);
+  await_inputs();
   int64_t entry = (int64_t)blockIdx.x * kIndexWarps + threadIdx.x / 32;
   if (entry >= a.entries) return;
   int64_t position = a.positions[entry], slot = slot_of(a, entry);
@@ -74,11 +90,16 @@ __global__ void __launch_bounds__(32 * kIndexWarps, 8) index4_kernel(const __gri
   }
   Ending end;
   end.read(a.finish, col, D);
+  end.turn_at(position);
+  turns[threadIdx.x] = make_float4(end.turn[0].x, end.turn[0].y, end.turn[1].x, end.turn[1].y);
+  weights[threadIdx.x] = make_float4(end.weight[0], end.weight[1], end.weight[2], end.weight[3]);
   copies_wait_all();  // each thread reads what it copied
   float x[4];
   pool8(
       g, [&](int j, float (&u)[4]) { load_values((const float*)&waiting[j][threadIdx.x], u); }, x);
-  end.turn_at(position);
+  load_values((const float*)&weights[threadIdx.x], end.weight);
+  float4 turn = turns[threadIdx.x];
+  end.turn[0] = make_float2(turn.x, turn.y), end.turn[1] = make_float2(turn.z, turn.w);
   hold<T>(x);
   finish_index<D, T>(x, end, a.finish, slot, entry);
 }
@@ -89,22 +110,32 @@ struct ChunkSource {
   const Chunk& a;
   int col;
 
-  __device__ __forceinline__ void load(int64_t entry, Quad (&q)[8]) const {
-    IndexedRows<D, 1> rows{a, a.row_index + entry * a.index_stride, col};
+  __device__ __forceinline__ void load(int64_t entry, Pool128Share& share, float (&g)[8][4]) const {
+    const int64_t* index = a.row_index + entry * a.index_stride + threadIdx.x / 16;
+    int64_t row[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) q[i] = rows(i * 16 + threadIdx.x / 16, 0);
+    for (int i = 0; i < 8; ++i) row[i] = index[i * 16];
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      bring_row<D>(share, i, a.rows + row[i] * a.row_stride + col, row[i] >= 0, g[i]);
   }
   __device__ int64_t position(int64_t entry) const { return a.positions[entry]; }
   __device__ int64_t slot(int64_t entry) const { return slot_of(a, entry); }
 };
 
 template <int D, class T>
-__global__ void __launch_bounds__(kPool128Threads, 2) main128_kernel(const __grid_constant__ Chunk a) {
-  constexpr int kBlocks = D / 64;
+__global__ void __launch_bounds__(kPool128Threads, 3) main128_kernel(const __grid_constant__ Chunk a) {
+  constexpr int kBlocks = D / 64, kLine = 16;        // row numbers that are asked for at once
+  constexpr int kLines = 128 / kLine / kBlocks;      // by a block
   int rank = blockIdx.x % kBlocks;
+  int64_t first = blockIdx.x / kBlocks, step = gridDim.x / kBlocks;
+  int64_t asked = first + threadIdx.x / kLines * step;  // entries of this cluster, the first ones
+  if (threadIdx.x < 32 && asked < a.entries)
+    ask_for(a.row_index + asked * a.index_stride + (rank * kLines + threadIdx.x % kLines) * kLine);
+  ask_for_entries(a, first);
+  await_inputs();
   ChunkSource<D> source{a, rank * 64 + (int)threadIdx.x % 16 * 4};
-  pool128_entries<D, T>(source, a.finish, rank, blockIdx.x / kBlocks, a.entries,
-                        gridDim.x / kBlocks);
+  pool128_entries<D, T>(source, a.finish, rank, first, a.entries, step);
 }
 
 // How many clusters of main128_kernel the machine holds: more of them would wait for the first to end.

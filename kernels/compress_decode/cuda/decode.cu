@@ -38,6 +38,13 @@ __device__ __forceinline__ int rows_before(const int64_t* seq, int64_t t, int mo
   return min(found, most);
 }
 
+__device__ __forceinline__ void add_ape(float (&g)[4], const float* ape) {
+  float more[4];
+  load_values(ape, more);
+#pragma unroll
+  for (int c = 0; c < 4; ++c) g[c] = __fadd_rn(g[c], more[c]);
+}
+
 // The rows that end at position `last`, which is row t of the step and ends a group.
 template <int D, int SERIES, int BACK>
 struct StepRows {
@@ -46,32 +53,50 @@ struct StepRows {
   int64_t t, last, base;
   int at, before, col;  // at: ring row of `last`
 
-  // Row j as it lies in the ring, or raw where this launch writes it. Nothing here waits for a load.
-  __device__ __forceinline__ Quad read(int j, int series) const {
+  // Nothing lies before position 0; rows of this step are read from where they come from, without ape.
+  __device__ __forceinline__ bool exists(int j) const { return last >= BACK - 1 - j; }
+  __device__ __forceinline__ bool is_raw(int j) const {
+    return BACK - 1 - j > 0 && BACK - 1 - j <= before && exists(j);
+  }
+  // Channels of u of row j; readable also where there is none.
+  __device__ __forceinline__ const float* address(int j) const {
     int back = BACK - 1 - j, row = at - back;
-    const float* from = back <= before || last < back
+    const float* from = back <= before || !exists(j)
                             ? a.rows + (t - min(back, before)) * a.row_stride
                             : a.state + (base + (row < 0 ? row + a.ring : row)) * a.state_stride;
-    return load_quad<D, SERIES>(from + part.column, series, col, true);
+    return from + part.column + col;
   }
-  // Then: ape for raw rows but the last one, and nothing in rows before position 0.
+  // Row j as it lies there. Nothing here waits for a load.
+  __device__ __forceinline__ Quad read(int j, int series) const {
+    return load_quad<D, SERIES>(address(j) - col, series, col, true);
+  }
+  __device__ __forceinline__ void add_ape(float (&g)[4], int j, int series) const {
+    causeway::add_ape(g, part.ape + (j % (BACK / SERIES) * SERIES + series) * D + col);
+  }
+  // What `read` left out.
   __device__ __forceinline__ void complete(Quad& q, int j, int series) const {
-    int back = BACK - 1 - j;
-    if (last < back) {
+    if (!exists(j)) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) q.u[c] = 0.0f, q.g[c] = kNegInf;
-    } else if (back > 0 && back <= before) {
-      add_ape(q, part.ape + (j % (BACK / SERIES) * SERIES + series) * D + col);
+    } else if (is_raw(j)) {
+      add_ape(q.g, j, series);
     }
-  }
-  __device__ static __forceinline__ void add_ape(Quad& q, const float* ape) {
-    float more[4];
-    load_values(ape, more);
-#pragma unroll
-    for (int c = 0; c < 4; ++c) q.g[c] = __fadd_rn(q.g[c], more[c]);
   }
   __device__ __forceinline__ bool plain() const { return before == 0 && last >= BACK - 1; }
 };
+
+// Ahead of `await_inputs`: numbers of row t and constants that all blocks wait for.
+__device__ __forceinline__ void ask_for_step(const Decode& a, const Part& part, int64_t t, int col) {
+  switch (threadIdx.x) {
+    case 0: ask_for(a.base + t); break;
+    case 1: ask_for(a.positions + t); break;
+    case 2: ask_for(a.seq + t); break;
+    case 3: ask_for(part.slots + t); break;
+    case 4: ask_for(part.finish.inv_freq); break;
+    case 5: ask_for((const char*)part.finish.weight + (part.finish.weight_f32 ? 4 : 2) * col); break;
+    default: break;
+  }
+}
 
 template <int D, int SERIES>
 __device__ __forceinline__ void put_quad(const Quad& q, float* row, int series, int col) {
@@ -94,8 +119,8 @@ __device__ __forceinline__ void step4(const Decode& a, const Part& part, float* 
   float* to = a.state + (base + at) * a.state_stride + part.column;
   const float* ape = part.ape + place * 2 * D + mine;
   if (place != 3) {
-    Rows::add_ape(own[0], ape);
-    Rows::add_ape(own[1], ape + D);
+    add_ape(own[0].g, ape);
+    add_ape(own[1].g, ape + D);
     if (holds) {
       put_quad<D, 2>(own[0], to, 0, mine);
       put_quad<D, 2>(own[1], to, 1, mine);
@@ -108,8 +133,8 @@ __device__ __forceinline__ void step4(const Decode& a, const Part& part, float* 
   for (int j = 0; j < 7; ++j) q[j] = rows.read(j, j / 4);
   Ending end;
   end.read(part.finish, mine, D);
-  Rows::add_ape(own[0], ape);
-  Rows::add_ape(own[1], ape + D);
+  add_ape(own[0].g, ape);
+  add_ape(own[1].g, ape + D);
   end.turn_at(last - 3);
   if (holds) {
     put_quad<D, 2>(own[0], to, 0, mine);
@@ -135,26 +160,45 @@ template <int D, int DI, class T>
 __global__ void __launch_bounds__(D / 4) step4_kernel(const __grid_constant__ Decode a) {
   __shared__ float sums[D / 64];
   const Part& part = a.parts[blockIdx.y];
+  ask_for_step(a, part, blockIdx.x, 0);
+  await_inputs();
   if (part.index) step4<DI, true, T>(a, part, sums);
   else step4<D, false, T>(a, part, sums);
 }
 
-// Row t's entry for pool128_entries. Threads of the last group of 16 hold row t itself, completed.
+// Row t's entry for pool128_entries, which also keeps row t: threads of the last group of 16 hold it.
 template <int D>
 struct StepSource {
   StepRows<D, 1, 128> rows;
-  Quad own;
+  Quad own;  // without ape
   int64_t place;  // page slot
 
-  __device__ __forceinline__ void load(int64_t, Quad (&q)[8]) const {
+  __device__ __forceinline__ void load(int64_t, Pool128Share& share, float (&g)[8][4]) const {
     int group = threadIdx.x / 16;
+    bool keeps = group == 15;
+    float ape[4];
+    if (keeps) load_values(rows.part.ape + 127 * D + rows.col, ape);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) q[i] = rows.read(i * 16 + group, 0);
-    if (!rows.plain()) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) rows.complete(q[i], i * 16 + group, 0);
+    for (int i = 0; i < 8; ++i) {
+      int j = i * 16 + group;
+      bring_row<D>(share, i, rows.address(j), rows.exists(j) && j < 127, g[i]);
     }
-    if (group == 15) q[7] = own;
+    if (keeps) {
+      share.u[7][threadIdx.x] = make_float4(own.u[0], own.u[1], own.u[2], own.u[3]);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) g[7][c] = __fadd_rn(own.g[c], ape[c]);
+      float* to = rows.a.state + (rows.base + rows.at) * rows.a.state_stride;
+      to += rows.part.column + rows.col;
+      store_values(to, own.u);
+      store_values(to + D, g[7]);
+    }
+    if (rows.before > 0) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        int j = i * 16 + group;
+        if (rows.is_raw(j)) rows.add_ape(g[i], j, 0);
+      }
+    }
   }
   __device__ int64_t position(int64_t) const { return rows.last - 127; }
   __device__ int64_t slot(int64_t) const { return place; }
@@ -162,24 +206,27 @@ struct StepSource {
 
 // A cluster of D / 64 blocks per row; a block has 64 channels.
 template <int D, class T>
-__global__ void __launch_bounds__(kPool128Threads) step128_kernel(const __grid_constant__ Decode a) {
-  using Rows = StepRows<D, 1, 128>;
+__global__ void __launch_bounds__(kPool128Threads, 3) step128_kernel(const __grid_constant__ Decode a) {
   constexpr int kBlocks = D / 64;
   const Part& part = a.parts[0];
   int64_t t = blockIdx.x / kBlocks;
   int rank = blockIdx.x % kBlocks;
-  int64_t base = a.base[t], last = a.positions[t], slot = part.slots[t];
   int col = rank * 64 + threadIdx.x % 16 * 4;
-  Quad own = load_quad<D, 1>(a.rows + t * a.row_stride + part.column, 0, col, true);
+  ask_for_step(a, part, t, col);
+  await_inputs();
+  int64_t base = a.base[t], last = a.positions[t], slot = part.slots[t];
+  bool keeps = threadIdx.x >= kPool128Threads - 16;
+  Quad own = load_quad<D, 1>(a.rows + t * a.row_stride + part.column, 0, col, keeps);
   int before = rows_before(a.seq, t, 127);
   if (base < 0) return;
   int at = (int)((uint32_t)last % (uint32_t)a.ring), place = (int)(last & 127);
-  bool keeps = threadIdx.x >= kPool128Threads - 16;
-  if (keeps) {
-    Rows::add_ape(own, part.ape + place * D + col);
-    put_quad<D, 1>(own, a.state + (base + at) * a.state_stride + part.column, 0, col);
+  if (place != 127) {
+    if (keeps) {
+      add_ape(own.g, part.ape + place * D + col);
+      put_quad<D, 1>(own, a.state + (base + at) * a.state_stride + part.column, 0, col);
+    }
+    return;
   }
-  if (place != 127) return;
   StepSource<D> source{{a, part, t, last, base, at, before, col}, own, slot};
   pool128_entries<D, T>(source, part.finish, rank, t, t + 1, 1);
 }

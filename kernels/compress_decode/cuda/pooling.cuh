@@ -5,6 +5,7 @@
 // over the groups of 64 in ascending order, whoever holds them.
 #pragma once
 #include "../../qkv_norm_rope/cuda/cluster.cuh"
+#include "../../qkv_norm_rope/cuda/launch.cuh"
 #include "../../qkv_norm_rope/cuda/row_math.cuh"
 
 namespace causeway {
@@ -39,6 +40,10 @@ __device__ __forceinline__ Quad load_quad(const float* row, int series, int col,
 
 __device__ __forceinline__ float gate(float g, float top) { return exp2_fast((g - top) * kLog2e); }
 __device__ __forceinline__ float finite_top(float top) { return top == kNegInf ? 0.0f : top; }
+// The weighted mean; `total` is zero (no row), or 1 at least.
+__device__ __forceinline__ float mean_of(float sum, float total) {
+  return __fdividef(sum, total == 0.0f ? 1.0f : total);
+}
 
 // Four channels of an entry from eight rows: four of the previous group, four of the own one.
 // `value(j, u)` gives u of row j.
@@ -65,7 +70,7 @@ __device__ __forceinline__ void pool8(const float (&g)[8][4], const Value& value
     }
   }
 #pragma unroll
-  for (int c = 0; c < 4; ++c) x[c] = sum[c] / (total[c] == 0.0f ? 1.0f : total[c]);
+  for (int c = 0; c < 4; ++c) x[c] = mean_of(sum[c], total[c]);
 }
 __device__ __forceinline__ void pool8(const Quad (&q)[8], float (&x)[4]) {
   float g[8][4];
@@ -82,23 +87,46 @@ __device__ __forceinline__ void pool8(const Quad (&q)[8], float (&x)[4]) {
       x);
 }
 
+// A thread has four channels of rows i * 16 + threadIdx / 16: g in registers, u on their way to shared
+// memory, so that three blocks fit a processor.
 constexpr int kPool128Threads = 256;
 struct Pool128Share {
+  float4 u[8][kPool128Threads];
   float part[3][kPool128Threads / 32][64];
 };
+// Row i of a thread: `row` points to its channels of u.
+template <int D>
+__device__ __forceinline__ void bring_row(Pool128Share& share, int i, const float* row, bool there,
+                                          float (&g)[4]) {
+#pragma unroll
+  for (int c = 0; c < 4; ++c) g[c] = kNegInf;
+  if (there) {
+    // A block reads 256 bytes of a row's u and of its g, each in one piece of memory.
+    asm volatile("ld.global.L1::no_allocate.L2::256B.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(g[0]), "=f"(g[1]), "=f"(g[2]), "=f"(g[3])
+                 : "l"(row + D)
+                 : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(
+                     smem_address(&share.u[i][threadIdx.x])),
+                 "l"(row)
+                 : "memory");
+  } else {
+    share.u[i][threadIdx.x] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  }
+}
 
-// 64 channels of an entry from 128 rows by 256 threads, which hold rows i * 16 + threadIdx / 16; the lanes
-// of warp 0 get four channels each, its two halves the same ones.
-__device__ __forceinline__ void pool128(const Quad (&q)[8], Pool128Share& share, float (&x)[4]) {
+// 64 channels of an entry from 128 rows by 256 threads; the lanes of warp 0 get four channels each, its
+// two halves the same ones.
+__device__ __forceinline__ void pool128(const float (&g)[8][4], Pool128Share& share, float (&x)[4]) {
   constexpr int kWarps = kPool128Threads / 32;
   int quad = threadIdx.x % 16, warp = threadIdx.x / 32;
   bool writes = threadIdx.x % 32 < 16;
   float top[4], total[4], sum[4];
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
-    top[c] = q[0].g[c];
+    top[c] = g[0][c];
 #pragma unroll
-    for (int i = 1; i < 8; ++i) top[c] = fmaxf(top[c], q[i].g[c]);
+    for (int i = 1; i < 8; ++i) top[c] = fmaxf(top[c], g[i][c]);
     top[c] = fmaxf(top[c], __shfl_xor_sync(kAll, top[c], 16));
   }
   if (writes) store_values(&share.part[0][warp][quad * 4], top);
@@ -111,15 +139,21 @@ __device__ __forceinline__ void pool128(const Quad (&q)[8], Pool128Share& share,
     for (int c = 0; c < 4; ++c) top[c] = fmaxf(top[c], other[c]);
   }
 #pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    float peak = finite_top(top[c]);
-    total[c] = sum[c] = 0.0f;
+  for (int c = 0; c < 4; ++c) top[c] = finite_top(top[c]), total[c] = sum[c] = 0.0f;
+  copies_wait_all();  // each thread reads what it copied
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      float w = gate(q[i].g[c], peak);
+  for (int i = 0; i < 8; ++i) {
+    float u[4];
+    load_values((const float*)&share.u[i][threadIdx.x], u);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      float w = gate(g[i][c], top[c]);
       total[c] += w;
-      sum[c] = fmaf(w, q[i].u[c], sum[c]);
+      sum[c] = fmaf(w, u[c], sum[c]);
     }
+  }
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
     total[c] += __shfl_xor_sync(kAll, total[c], 16);
     sum[c] += __shfl_xor_sync(kAll, sum[c], 16);
   }
@@ -129,18 +163,25 @@ __device__ __forceinline__ void pool128(const Quad (&q)[8], Pool128Share& share,
   }
   __syncthreads();
   if (warp) return;
+  // Each half of warp 0 adds up half of the warps' parts.
+  int first = threadIdx.x / 16 * (kWarps / 2);
 #pragma unroll
   for (int c = 0; c < 4; ++c) total[c] = sum[c] = 0.0f;
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
+  for (int w = 0; w < kWarps / 2; ++w) {
     float t[4], s[4];
-    load_values(&share.part[1][w][quad * 4], t);
-    load_values(&share.part[2][w][quad * 4], s);
+    load_values(&share.part[1][first + w][quad * 4], t);
+    load_values(&share.part[2][first + w][quad * 4], s);
 #pragma unroll
     for (int c = 0; c < 4; ++c) total[c] += t[c], sum[c] += s[c];
   }
 #pragma unroll
-  for (int c = 0; c < 4; ++c) x[c] = sum[c] / (total[c] == 0.0f ? 1.0f : total[c]);
+  for (int c = 0; c < 4; ++c) {
+    total[c] += __shfl_xor_sync(kAll, total[c], 16);
+    sum[c] += __shfl_xor_sync(kAll, sum[c], 16);
+  }
+#pragma unroll
+  for (int c = 0; c < 4; ++c) x[c] = mean_of(sum[c], total[c]);
 }
 
 // Sum of squares over the 16 lanes that hold 64 channels.
@@ -188,13 +229,19 @@ __device__ __forceinline__ void norm_rope(float (&x)[4], float total, int dim, c
   }
 }
 
+// The place of a slot; nothing stores where that is negative.
+__device__ __forceinline__ Place place_in(const Pages& pages, int64_t slot) {
+  if (pages.format == kNoPages) return {nullptr, 0};
+  return place_of(pages, max(slot, (int64_t)0));
+}
+
 // The end of a latent; all lanes of a warp call it, `live` ones write.
 template <class T>
 __device__ __forceinline__ void finish_main(float (&x)[4], float total, int col, int dim,
-                                            const Ending& end, const Finish& f, int64_t slot,
-                                            int64_t entry, bool live) {
+                                            const Ending& end, const Finish& f, const Place& at,
+                                            bool stores, int64_t entry, bool live) {
   norm_rope<T>(x, total, dim, end, f.eps);
-  finish_latent(x, col, dim, end.tail, f.quantize, f.pages, live ? slot : -1);
+  finish_latent(x, col, dim, end.tail, f.quantize, f.pages, at, live && stores);
   if (live && f.out) store_values((T*)f.out + entry * dim + col, x);
 }
 
@@ -245,6 +292,7 @@ template <int D, class T>
 __device__ __forceinline__ void finish_main_block(float (&x)[4], const Ending& end, const Finish& f,
                                                   int64_t slot, int64_t entry, float* sums) {
   int col = threadIdx.x * 4;
+  Place at = place_in(f.pages, slot);
   hold<T>(x);
   float part = square_sum(x);
   if (threadIdx.x % 16 == 0) sums[threadIdx.x / 16] = part;
@@ -252,14 +300,21 @@ __device__ __forceinline__ void finish_main_block(float (&x)[4], const Ending& e
   float total = 0.0f;
 #pragma unroll
   for (int i = 0; i < D / 64; ++i) total += sums[i];
-  finish_main<T>(x, total, col, D, end, f, slot, entry, true);
+  finish_main<T>(x, total, col, D, end, f, at, slot >= 0, entry, true);
 }
 
 // ---- clusters of D / 64 blocks, each with 64 channels of one entry ------------------------------
 
+// What a lane of warp 0 keeps for the end of an entry, out of its registers.
+struct Waiting {
+  Ending end;
+  Place at;
+  bool stores;
+};
+
 // Main entries pooled from 128 rows: entries first, first + step .. below end, this block being number
 // `rank` of its cluster, and all blocks of the cluster having the same entries. The next entry's rows are
-// read while this one is finished. `source.load(entry, q)` reads rows i * 16 + threadIdx / 16.
+// read while this one is finished. `source.load(entry, share, g)` brings them.
 template <int D, class T, class Source>
 __device__ __forceinline__ void pool128_entries(const Source& source, const Finish& f, int rank,
                                                 int64_t first, int64_t end, int64_t step) {
@@ -269,49 +324,36 @@ __device__ __forceinline__ void pool128_entries(const Source& source, const Fini
   __shared__ uint64_t mail;
   if (threadIdx.x == 0) mail_open(&mail);
   cluster_here();
+  __shared__ Waiting waiting[32];
   int lane = threadIdx.x % 32, col = rank * 64 + threadIdx.x % 16 * 4;
-  Quad q[8];
-  source.load(first, q);
-  Ending ending;
-  if (threadIdx.x < 32) ending.read(f, col, D);
+  float g[8][4];
+  source.load(first, share, g);
+  if (threadIdx.x < 32) waiting[lane].end.read(f, col, D);
   cluster_all_here();  // every mailbox is open
   uint32_t round = 0;
   for (int64_t entry = first; entry < end; entry += step, ++round) {
+    if (threadIdx.x < 32) {  // while rows are under way
+      Waiting& mine = waiting[lane];
+      int64_t slot = source.slot(entry);
+      mine.end.turn_at(source.position(entry));
+      mine.at = place_in(f.pages, slot), mine.stores = slot >= 0;
+      if (lane == 0) mail_expect(&mail, 4 * kBlocks);
+    }
     float x[4];
-    pool128(q, share, x);
-    if (entry + step < end) source.load(entry + step, q);
+    pool128(g, share, x);
+    if (entry + step < end) source.load(entry + step, share, g);
     if (threadIdx.x >= 32) continue;
-    if (lane == 0) mail_expect(&mail, 4 * kBlocks);
     hold<T>(x);
     float part = square_sum(x);
     if (lane < kBlocks) mail_send(&sums[round & 1][rank], &mail, lane, __float_as_uint(part));
-    int64_t slot = source.slot(entry);
-    ending.turn_at(source.position(entry));
+    Waiting mine = waiting[lane];
     mail_wait(&mail, round & 1);
     float total = 0.0f;
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) total += sums[round & 1][i];
-    finish_main<T>(x, total, col, D, ending, f, slot, entry, lane < 16);
+    finish_main<T>(x, total, col, D, mine.end, f, mine.at, mine.stores, entry, lane < 16);
     __syncwarp();
   }
-}
-
-template <class Kernel, class Args>
-int launch_blocks(Kernel kernel, int64_t blocks, int y, int threads, int cluster, const Args& args,
-                  cudaStream_t stream) {
-  if (blocks == 0) return 0;
-  if (blocks > 0x7fffffff) return (int)cudaErrorInvalidConfiguration;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3((unsigned)blocks, (unsigned)y);
-  config.blockDim = dim3((unsigned)threads);
-  config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {(unsigned)cluster, 1, 1};
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
-  cudaError_t code = cudaLaunchKernelEx(&config, kernel, args);
-  return (int)(code == cudaSuccess ? cudaGetLastError() : code);
 }
 
 }  // namespace causeway

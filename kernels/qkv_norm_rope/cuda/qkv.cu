@@ -2,7 +2,8 @@
 // latent, eight lanes per row of an indexer head. Blocks of the three kinds lie behind each other.
 #include <algorithm>
 
-#include "row_math.cuh"
+#include "latents.cuh"
+#include "launch.cuh"
 
 namespace causeway {
 namespace {
@@ -28,14 +29,7 @@ struct Args {
   int64_t kv_blocks, index_blocks;       // blocks [0, kv_blocks) make latents, the next ones index heads
   int q_groups, index_groups;            // blocks per token
   int q_rounds, index_rounds;            // rows (index: four rows) of a warp
-  bool weight_f32, quantize;
-};
-
-// A row of D columns in a warp: C chunks of E neighbouring columns per lane.
-template <int D>
-struct Shape {
-  static constexpr int E = D >= 256 ? 8 : 4, C = D / (32 * E);
-  static constexpr int kTailLane = 32 - kRope / E;  // first lane of the rotary columns, last chunk
+  bool weight_f32, weight_early, quantize;  // early: nobody writes the weight any more
 };
 
 __device__ __forceinline__ void make_table(float2* table, float position, const float* inv_freq,
@@ -93,37 +87,28 @@ __device__ void query_heads(const Args<T>& a, int64_t block, float2* table, int 
   }
 }
 
-template <int D, int FORMAT, int QUANTIZE, class T>
-__device__ __forceinline__ void latents_as(const Args<T>& a, int64_t block, float2* table, int warp, int lane) {
+// Rows of a warp lie as far apart as the warps that make rows: neighbours read neighbouring rows.
+template <int D, class T>
+__device__ void any_latents(const Args<T>& a, WeightTable<D>& weight, int64_t block, float2* table,
+                            int warp, int lane) {
   using S = Shape<D>;
-  // Rows of a warp lie as far apart as the warps that make rows: neighbours read neighbouring rows.
   int64_t step = a.kv_blocks * kWarps, token = block * kWarps + warp;
+  if (!a.weight_early) weight.fill(a.weight, a.weight_f32);
+  __syncthreads();
   if (token >= a.tokens) return;
-  float v[S::C][S::E], w[S::C][S::E];
-  read_row<D>(a.kv.in + token * a.kv.stride, v, lane);
-  if (a.weight_f32) read_row<D>((const float*)a.weight, w, lane);
-  else read_row<D>((const __nv_bfloat16*)a.weight, w, lane);
+  float v[S::C][S::E];
   float freq = a.inv_freq[lane];
-  bool stores = FORMAT < 0 ? a.pages.format != kNoPages : FORMAT != kNoPages;
-  int64_t slot = stores ? a.slots[token] : -1, position = a.positions[token];
+  bool stores = a.pages.format != kNoPages;
   for (; token < a.tokens; token += step) {
-    int64_t after = min(token + step, a.tokens - 1);
-    float next[S::C][S::E];
-    read_row<D>(a.kv.in + after * a.kv.stride, next, lane);
-    int64_t next_slot = stores ? a.slots[after] : -1, next_position = a.positions[after];
+    read_row<D>(a.kv.in + token * a.kv.stride, v, lane);
+    int64_t slot = stores ? a.slots[token] : -1;
+    Place at = place_of(a.pages, max(slot, (int64_t)0));
     __syncwarp();  // the last row's angles have been read
-    table[lane] = cos_sin(__fmul_rn((float)position, freq));
+    table[lane] = cos_sin(__fmul_rn((float)a.positions[token], freq));
     __syncwarp();
-    float sum = 0.0f;
-#pragma unroll
-    for (int c = 0; c < S::C; ++c)
-#pragma unroll
-      for (int e = 0; e < S::E; ++e) sum = fmaf(v[c][e], v[c][e], sum);
-    float factor = rsqrtf(sum_lanes<32>(sum) / D + a.eps);
+    norm_row<D>(v, weight, a.eps, lane);
 #pragma unroll
     for (int c = 0; c < S::C; ++c) {
-#pragma unroll
-      for (int e = 0; e < S::E; ++e) v[c][e] = __fmul_rn(__fmul_rn(v[c][e], factor), w[c][e]);
       hold<T>(v[c]);
       bool tail = c == S::C - 1 && lane >= S::kTailLane;
       if (tail) {
@@ -131,22 +116,65 @@ __device__ __forceinline__ void latents_as(const Args<T>& a, int64_t block, floa
         hold<T>(v[c]);
       }
       int col = (c * 32 + lane) * S::E;
-      finish_latent<S::E, FORMAT, QUANTIZE>(v[c], col, D, tail, a.quantize, a.pages, slot);
+      finish_latent(v[c], col, D, tail, a.quantize, a.pages, at, slot >= 0);
       store_values(a.kv.out + token * D + col, v[c]);
-#pragma unroll
-      for (int e = 0; e < S::E; ++e) v[c][e] = next[c][e];
     }
-    slot = next_slot, position = next_position;
+  }
+}
+
+// The same for bf16 rows that are rounded, and stored in wide fp8 pages or not at all.
+template <int D, bool PAGES>
+__device__ __forceinline__ void rounded_latents(const Args<__nv_bfloat16>& a, WeightTable<D>& weight,
+                                                int64_t block, float2* table, int warp, int lane) {
+  using S = Shape<D>;
+  int64_t step = a.kv_blocks * kWarps, token = block * kWarps + warp;
+  const __nv_bfloat16* from = a.kv.in + min(token, a.tokens - 1) * a.kv.stride;
+  Words<D> row;
+  row.read(from, lane);
+  if (!a.weight_early) weight.fill(a.weight, a.weight_f32);
+  __syncthreads();
+  if (token >= a.tokens) return;
+  float freq = a.inv_freq[lane], position = 0.0f;
+  int64_t slot = -1;
+  for (int turn = 0; token < a.tokens; token += step, ++turn) {
+    if (turn % 32 == 0) {  // a lane holds the position and slot of one of the next 32 rows
+      int64_t mine = min(token + lane * step, a.tokens - 1);
+      position = (float)a.positions[mine];
+      if (PAGES) slot = a.slots[mine];
+    }
+    Words<D> next;
+    if (token + step < a.tokens) from += step * a.kv.stride;
+    next.read(from, lane);
+    float at = __shfl_sync(kAll, position, turn % 32);  // behind it the last row's table is free
+    table[lane] = cos_sin(__fmul_rn(at, freq));
+    __syncwarp();
+    float v[S::C][S::E];
+#pragma unroll
+    for (int c = 0; c < S::C; ++c) row.unpack(c, v[c]);
+    norm_row<D>(v, weight, a.eps, lane);
+#pragma unroll
+    for (int c = 0; c < S::C; ++c) row.pack(c, v[c]);
+    if (lane >= S::kTailLane) {
+      row.unpack(S::C - 1, v[S::C - 1]);
+      rotate(v[S::C - 1], table + (lane - S::kTailLane) * (S::E / 2));
+      row.pack(S::C - 1, v[S::C - 1]);
+    }
+    round_latent<D, PAGES>(row, a.pages, PAGES ? __shfl_sync(kAll, slot, turn % 32) : -1, lane);
+    row.write(a.kv.out + token * D, lane);
+    row = next;
   }
 }
 
 template <int D, class T>
-__device__ void latents(const Args<T>& a, int64_t block, float2* table, int warp, int lane) {
-  if (a.quantize && a.pages.format == kFp8Latent)
-    return latents_as<D, kFp8Latent, true>(a, block, table, warp, lane);
-  if (a.quantize && a.pages.format == kNoPages)
-    return latents_as<D, kNoPages, true>(a, block, table, warp, lane);
-  latents_as<D, -1, -1>(a, block, table, warp, lane);
+__device__ void latents(const Args<T>& a, WeightTable<D>& weight, int64_t block, float2* table,
+                        int warp, int lane) {
+  if constexpr (sizeof(T) == 2) {
+    if (a.quantize && a.pages.format == kFp8Latent && are_wide(a.pages))
+      return rounded_latents<D, true>(a, weight, block, table, warp, lane);
+    if (a.quantize && a.pages.format == kNoPages)
+      return rounded_latents<D, false>(a, weight, block, table, warp, lane);
+  }
+  any_latents<D>(a, weight, block, table, warp, lane);
 }
 
 // Butterfly over the register bits of N values.
@@ -232,12 +260,27 @@ __device__ void index_heads(const Args<T>& a, int64_t block, float2* table, int 
 template <int D, int DI, class T>
 __global__ void __launch_bounds__(32 * kWarps, 7) rows_kernel(const __grid_constant__ Args<T> a) {
   __shared__ float2 tables[kWarps][kPairs];
+  __shared__ WeightTable<D> weight;
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int64_t block = blockIdx.x;
-  if (block < a.kv_blocks) return latents<D>(a, block, tables[warp], warp, lane);
+  if (block < a.kv_blocks && a.weight_early) weight.fill(a.weight, a.weight_f32);
+  await_inputs();
+  if (block < a.kv_blocks) return latents<D>(a, weight, block, tables[warp], warp, lane);
   block -= a.kv_blocks;
   if (block < a.index_blocks) return index_heads<DI>(a, block, tables[warp], warp, lane);
   query_heads<D>(a, block - a.index_blocks, tables[warp], warp, lane);
+}
+
+// Latents alone: fewer registers, so that a full step's rows are made in four turns of the machine.
+constexpr int kLatentBlocks = 132 * 8;
+template <int D, class T>
+__global__ void __launch_bounds__(32 * kWarps, 8) latents_kernel(const __grid_constant__ Args<T> a) {
+  __shared__ float2 tables[kWarps][kPairs];
+  __shared__ WeightTable<D> weight;
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (a.weight_early) weight.fill(a.weight, a.weight_f32);
+  await_inputs();
+  latents<D>(a, weight, blockIdx.x, tables[warp], warp, lane);
 }
 
 // Rows of a warp: one while the machine is not full, so that a step of few tokens is short.
@@ -254,13 +297,13 @@ int launch(Args<T> a, cudaStream_t stream) {
   int fours = (a.index.heads + 3) / 4;
   a.index_rounds = rounds_of(a.tokens, fours, 4);
   a.index_groups = (fours + kWarps * a.index_rounds - 1) / (kWarps * a.index_rounds);
-  a.kv_blocks = a.kv.in ? std::min<int64_t>((a.tokens + kWarps - 1) / kWarps, 132 * 7) : 0;
   a.index_blocks = a.tokens * a.index_groups;
-  int64_t blocks = a.kv_blocks + a.index_blocks + a.tokens * a.q_groups;
-  if (blocks == 0) return 0;
-  if (blocks > 0x7fffffff) return (int)cudaErrorInvalidConfiguration;
-  rows_kernel<D, DI, T><<<(unsigned)blocks, 32 * kWarps, 0, stream>>>(a);
-  return (int)cudaGetLastError();
+  int64_t others = a.index_blocks + a.tokens * a.q_groups;
+  int64_t most = others ? 132 * 7 : kLatentBlocks;
+  a.kv_blocks = a.kv.in ? std::min<int64_t>((a.tokens + kWarps - 1) / kWarps, most) : 0;
+  if (others == 0)
+    return launch_blocks(latents_kernel<D, T>, a.kv_blocks, 1, 32 * kWarps, 1, a, stream);
+  return launch_blocks(rows_kernel<D, DI, T>, a.kv_blocks + others, 1, 32 * kWarps, 1, a, stream);
 }
 
 }  // namespace
@@ -272,7 +315,7 @@ struct Call {
   int64_t q_stride, q_head_stride, kv_stride, index_stride, index_head_stride, tokens;
   Pages pages;
   float eps, index_scale;
-  int q_heads, index_heads, dim, index_dim, is_f32, weight_f32, quantize;
+  int q_heads, index_heads, dim, index_dim, is_f32, weight_f32, weight_early, quantize;
 };
 
 template <class T>
@@ -281,7 +324,7 @@ int run(const Call& c, cudaStream_t stream) {
   a.q = {(const T*)c.q, (T*)c.q_out, c.q_stride, c.q_head_stride, c.q_heads};
   a.kv = {(const T*)c.kv, (T*)c.kv_out, c.kv_stride, 0, 1};
   a.index = {(const T*)c.index, (T*)c.index_out, c.index_stride, c.index_head_stride, c.index_heads};
-  a.weight = c.weight, a.weight_f32 = c.weight_f32;
+  a.weight = c.weight, a.weight_f32 = c.weight_f32, a.weight_early = c.weight_early;
   a.positions = (const int64_t*)c.positions, a.slots = (const int64_t*)c.slots;
   a.inv_freq = (const float*)c.inv_freq;
   a.pages = c.pages, a.eps = c.eps, a.index_scale = c.index_scale, a.tokens = c.tokens;

@@ -203,6 +203,11 @@ __device__ __forceinline__ Place place_of(const Pages& pages, int64_t slot) {
   int64_t page = slot >> 32 ? slot / pages.per_page : (uint32_t)slot / (uint32_t)pages.per_page;
   return {pages.pool + page * pages.stride, (int)(slot - page * pages.per_page)};
 }
+// Whether a block's rounded values, stored, take half the scale of its own: its largest magnitude lies
+// above 224 scales, and is rounded down to that at 232 of them or less.
+__device__ __forceinline__ bool takes_half_scale(int peak, int byte) {
+  return __fmul_rn(__int_as_float(max(peak, 0x38D1B717)), scale_inverse(byte)) <= 232.0f;
+}
 // N values at column `col` of a plain row that starts at `start`; page bytes are only 4-aligned.
 template <int N>
 __device__ __forceinline__ void put_plain(unsigned char* start, int col, const float (&v)[N],
@@ -217,15 +222,18 @@ __device__ __forceinline__ void put_plain(unsigned char* start, int col, const f
     for (int i = 0; i < N; ++i) to[i] = v[i];
   }
 }
-// e4m3 codes of N values under a scale byte, and the values of codes.
+// e4m3 codes of N values over their scale, of N values under a scale byte, and the values of codes.
+template <int N>
+__device__ __forceinline__ void encode_scaled(const float (&v)[N], uint32_t (&codes)[N / 4]) {
+#pragma unroll
+  for (int i = 0; i < N; i += 4) codes[i / 4] = e4m3x4(v + i);
+}
 template <int N>
 __device__ __forceinline__ void encode(const float (&v)[N], int byte, uint32_t (&codes)[N / 4]) {
-  float factor = scale_inverse(byte);
+  float factor = scale_inverse(byte), scaled[N];
 #pragma unroll
-  for (int i = 0; i < N; i += 4) {
-    float scaled[4] = {v[i] * factor, v[i + 1] * factor, v[i + 2] * factor, v[i + 3] * factor};
-    codes[i / 4] = e4m3x4(scaled);
-  }
+  for (int i = 0; i < N; ++i) scaled[i] = v[i] * factor;
+  encode_scaled(scaled, codes);
 }
 template <int N>
 __device__ __forceinline__ void decode(const uint32_t (&codes)[N / 4], int byte, float (&v)[N]) {
@@ -245,14 +253,14 @@ __device__ __forceinline__ void put_codes(unsigned char* to, const uint32_t (&co
 
 // The end of a latent, for N columns of one FP8 block held by LANES = 64 / N neighbouring lanes: official
 // rounding, the write to pages, and the values that are read back. `tail`: the block is the rotary one.
-// All lanes of the warp call this; `slot` < 0 stores nothing. FORMAT and QUANTIZE >= 0 fix what `pages`
-// and `quantize` say, for speed.
-template <int N, int FORMAT = -1, int QUANTIZE = -1>
+// All lanes of the warp call this; those with `stores` have the entry's place.
+template <int N>
 __device__ __forceinline__ void finish_latent(float (&v)[N], int col, int dim, bool tail,
-                                              bool quantize, const Pages& pages, int64_t slot) {
+                                              bool quantize, const Pages& pages, const Place& at,
+                                              bool stores) {
   constexpr int kLanes = kQuantBlock / N;
-  const int format = FORMAT < 0 ? pages.format : FORMAT;
-  const bool rounds = QUANTIZE < 0 ? quantize : QUANTIZE, narrow = format == kFp8Latent;
+  const int format = pages.format;
+  const bool rounds = quantize, narrow = format == kFp8Latent;
   uint32_t codes[N / 4];
   int byte = 0;
   if (rounds || narrow) {
@@ -260,17 +268,12 @@ __device__ __forceinline__ void finish_latent(float (&v)[N], int col, int dim, b
     byte = fp8_byte(peak);
     encode(v, byte, codes);
     if (!tail) decode(codes, byte, v);
-    if (rounds && narrow) {
-      // Storing rounded values: the largest one, rounded, may need a smaller scale.
-      int stored = fp8_byte(__float_as_int(on_fp8_grid(__int_as_float(peak), byte)));
-      if (stored != byte && !tail) encode(v, byte = stored, codes);
-    }
+    if (rounds && narrow && !tail && takes_half_scale(peak, byte)) encode(v, --byte, codes);
   }
   if (format == kNoPages) return;
-  Place at = place_of(pages, max(slot, (int64_t)0));
   unsigned char* start = at.page + (int64_t)at.offset * pages.payload;
   bool half = narrow || format == kBf16Rows;
-  if (slot >= 0) {
+  if (stores) {
     if (narrow && !tail) {
       put_codes(start + col, codes);
       if (col % kQuantBlock == 0)
