@@ -162,8 +162,8 @@ def profile(rank: int, steps: Steps, position: int, args: argparse.Namespace) ->
     """Print rank 0's device time by kernel for a prefill step and the two extreme decode steps."""
     small, large = args.decode[0], args.decode[-1]
     for name, call in (
-        (f"decode {small}", lambda: steps.decode(small, position)),
         (f"decode {large}", lambda: steps.decode(large, position)),
+        (f"decode {small}", lambda: steps.decode(small, position + 1)),
         ("prefill", lambda: steps.prefill(0, args.prefill[0])),
     ):
         with torch.profiler.profile() as recorded:

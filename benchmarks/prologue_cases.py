@@ -162,6 +162,7 @@ def _decode(t: int, ratio: int, *, ends: bool) -> Case:
         state = randn(t * ring, width, dtype=F32)
         at = integers(1 << 12, t) * ratio + 1000 * ratio - (1 if ends else 2)
         seq = torch.arange(t, device="cuda")
+        base = seq * ring
         parts = []
         for kind in kinds:
             _, _, dim, part_width = POOLED[kind]
@@ -179,7 +180,7 @@ def _decode(t: int, ratio: int, *, ends: bool) -> Case:
             made,
             at,
             seq,
-            seq * ring,
+            base,
             ratio=ratio,
             ring_rows=ring,
             inv_freq=freq,
