@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       find_next<kChunk, 128, kPlain>(s.next, s.table.places, a, walk, it.number + gridDim.x);
       __syncthreads();
       go_on();
-    } else {  // columns 128 group..+127; the first half is stored while the other is multiplied
+    } else {  // columns 128 group..+127, in two halves
       float left[32] = {}, right[32] = {};
       wgmma_fence();
       auto multiply = [&](float(&sum)[32], int half) {
