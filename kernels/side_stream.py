@@ -28,7 +28,9 @@ def beside(device: torch.device, work: Callable[[], Result]) -> Callable[[], Res
     Args:
         device: where the tensors of ``work`` are.
         work: queues kernels; must not wait for the device. It must read nothing that the caller's
-            stream writes before the join, and write nothing that it reads.
+            stream writes before the join, and write nothing that it reads. No collectives, and no op that
+            keeps a workspace per device (``moe_gate``, ``hc_*``). Variables that it closes over must keep
+            their values until the join.
 
     Returns:
         The join, to be called exactly once, on the caller's stream: lets that stream wait for the
@@ -39,8 +41,12 @@ def beside(device: torch.device, work: Callable[[], Result]) -> Callable[[], Res
         return lambda: result
     side, caller = _side_stream(device), torch.cuda.current_stream(device)
     side.wait_stream(caller)
-    with torch.cuda.stream(side):
-        result = work()
+    try:
+        with torch.cuda.stream(side):
+            result = work()
+    except BaseException:
+        caller.wait_stream(side)  # what was queued still reads its inputs
+        raise
 
     def join() -> Result:
         # ``work`` is named here so that its inputs outlive the kernels that read them.

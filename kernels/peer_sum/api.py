@@ -3,7 +3,8 @@
 A word of a box holds a value and the number of the round it belongs to, and is written at once: a
 reader that sees the tag has the value, so a sum takes one trip between the ranks and no barrier. The
 boxes of a round are used again two rounds later. By then every rank has read them: it had to, before
-it sent the round between, which the writer has received.
+it sent the round between, which the writer has received. Round numbers have 32 bits; after four billion
+sums one of them is zero, as are words that were never written.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ def peer_sum(x: Tensor, peers: PeerBoxes) -> Tensor:
     Raises:
         KernelContractError: x or the boxes are not as described.
     """
-    check_tensor("peer_sum: x", x, shape=(None,) * x.dim(), dtype=torch.float32)
+    if x.dtype != torch.float32:  # wider values do not fit beside a tag
+        raise KernelContractError(f"peer_sum: x: expected float32, got {x.dtype}")
+    check_tensor("peer_sum: x", x, shape=(None,) * x.dim())
     if not x.is_contiguous() or x.numel() % 2 or x.numel() > CAPACITY or x.data_ptr() % 8:
         raise KernelContractError(
             f"peer_sum: x: expected an even number of values up to {CAPACITY}, contiguous and"

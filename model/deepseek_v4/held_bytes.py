@@ -26,7 +26,9 @@ def held_bytes(plan: Iterable[WeightSlice], *, keep_fp4: bool, shares: int = 1) 
         kept = keep_fp4 and ".experts." in name
         size, own = slice_bytes(item), weight is item
         if shares > 1 and _SHARED_GATE_UP.search(name):
-            total += -(-size // shares)
+            # Shared out in whole blocks of rows; the rank with most of them counts.
+            blocks = -(-weight.spec.shape[0] // FP8_BLOCK)
+            total += size * -(-blocks // shares) // blocks
         if weight.spec.dtype == "I8":
             fp8 = 2 * size if own else size * FP4_BLOCK // FP8_BLOCK**2
             total += (size if kept else 0) + (fp8 if not (kept and own) else 0)

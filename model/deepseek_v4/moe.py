@@ -83,10 +83,11 @@ class MoE:
         """x: ffn-normed rows [T, D]; ids [T] -> [T, D], wide where ranks added up their parts.
 
         Args:
-            counts: rows of every cp rank; None or one number: all ranks hold these same rows.
+            counts: rows of every cp rank in a prefill step (one number: all ranks hold these same
+                rows); None in a decode step, whose rows all ranks hold.
         """
         replicated = counts is None or len(counts) == 1
-        parts = replicated and self.shares
+        parts = counts is None and self.shares  # few rows, so that their sum may travel wide
         shared = self.shared.part if parts else self.shared.whole
         if replicated:
             # It needs neither the gate's choice nor the routed experts, so it runs beside them.

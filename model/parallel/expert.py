@@ -36,8 +36,9 @@ class ExpertParallel:
     ``combine: ordered`` returns one row per (token, expert); the token's owner adds them in
     ascending expert id, wide, the shared expert last: the same bits on every mesh, provided that
     a row's result does not depend on the rows beside it. ``fast`` returns one partial sum per
-    (token, rank) in the results' dtype. Where a rank needs most rows anyway, all ranks get all of
-    them and nothing waits for the host; where few, each row travels to the ranks that it needs.
+    (token, rank) in the results' dtype (wide, where ranks add parts of their own). Where a rank
+    needs most rows anyway, all ranks get all of them and nothing waits for the host; where few, each
+    row travels to the ranks that it needs.
 
     Attributes:
         first_expert, num_local: the experts this rank owns.

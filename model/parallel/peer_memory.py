@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed import _symmetric_memory as symmetric_memory
 
 from kernels import PeerBoxes, box_bytes, peer_sum
+from kernels.dispatch import own
 from kernels.peer_sum.api import BLOCKS, CAPACITY, MOST_RANKS
 
 _ALIGN = 16  # bytes that a rank reads at once
@@ -44,10 +45,10 @@ class PeerReducer:
             self._buffer = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
             # The handles keep the peers' mappings alive.
             self._handle = symmetric_memory.rendezvous(self._buffer, process_group)
-            if size <= MOST_RANKS:
+            if size <= MOST_RANKS and own("peer_sum", device).name != "reference":
                 room = box_bytes(size)
-                own = symmetric_memory.empty(room, dtype=torch.uint8, device=device).zero_()
-                self._boxes = symmetric_memory.rendezvous(own, process_group)
+                mine = symmetric_memory.empty(room, dtype=torch.uint8, device=device).zero_()
+                self._boxes = symmetric_memory.rendezvous(mine, process_group)
                 self._peers = PeerBoxes(
                     boxes=tuple(
                         self._boxes.get_buffer(rank, (room,), torch.uint8) for rank in range(size)
@@ -71,9 +72,12 @@ class PeerReducer:
 
     def all_reduce(self, x: Tensor) -> None:
         """``x`` becomes the sum over the ranks."""
-        small = x.dtype == torch.float32 and x.numel() <= CAPACITY and x.data_ptr() % 8 == 0
-        if self._peers is not None and small:
-            peer_sum(x, self._peers)
+        if self._peers is not None and x.dtype == torch.float32 and x.numel() <= CAPACITY:
+            # All ranks must take one road, so an address may decide about a copy only.
+            aligned = x if x.data_ptr() % 8 == 0 else x.clone()
+            peer_sum(aligned, self._peers)
+            if aligned is not x:
+                x.copy_(aligned)
             return
         flat = x.view(-1)
         place = self._buffer[: flat.numel() * flat.element_size()].view(x.dtype)

@@ -170,6 +170,9 @@ def test_bytes_on_a_gpu_are_those_measured() -> None:
     again = 43 * 2 * 2048 * 4096 / 4 * (1 + 1 / 128**2)
     shared = held_bytes(plan, keep_fp4=False, shares=4) - held
     assert shared == pytest.approx(again, rel=1e-6)
+    # 16 blocks on 32 ranks: half of them hold a whole one.
+    shared = held_bytes(plan, keep_fp4=False, shares=32) - held
+    assert shared == pytest.approx(again / 4, rel=1e-6)
     assert held_bytes([item for item in plan if ".ffn.gate." in item.name], keep_fp4=False) == sum(
         slice_bytes(item) for item in plan if ".ffn.gate." in item.name
     )

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.parallel.config import ParallelConfig
+from model.parallel import expert
+from model.parallel.collectives import Group
+from model.parallel.config import MeshCoord, ParallelConfig
 from model.parallel.expert import ExpertParallel
 from model.parallel.mesh import ParallelMesh, build_mesh
 from tests.helpers.ranks import run_ranks
@@ -212,6 +214,9 @@ def sent_answers(mesh: ParallelMesh, combine: str, ids: Tensor) -> int:
 def all_meshes(rank: int, size: int) -> str:
     for cp, tp in MESHES[size]:
         check_mesh(rank, cp, tp)
+    whole, expert._GATHERED_ROWS = expert._GATHERED_ROWS, 3
+    check_mesh(rank, size, 1)  # all rows of all ranks, a few at once
+    expert._GATHERED_ROWS = whole
     check_traffic(rank, size)
     return "ok"
 
@@ -223,6 +228,39 @@ def test_every_mesh_agrees_with_a_plain_loop(size: int) -> None:
 
 def test_one_rank_agrees_with_a_plain_loop() -> None:
     check_mesh(0, 1, 1)
+
+
+@pytest.mark.parametrize(("size", "everyone"), [(2, True), (8, True), (10, False)])
+def test_six_experts_a_token_gather_up_to_eight_ranks(
+    monkeypatch: pytest.MonkeyPatch, size: int, everyone: bool
+) -> None:
+    """A rank of 8 needs 55 % of all rows, a rank of 10 47 %."""
+    groups = {name: Group(None, 1, 0) for name in ("cp", "tp", "world")}
+    groups["cp"].size = groups["world"].size = size
+    mesh = ParallelMesh(coord=MeshCoord(cp=size, tp=1, rank=0), **groups)
+    parallel = ExpertParallel(mesh, 8 * size, "fast")
+    taken: list[str] = []
+    for road in ("_gathered", "_sharded"):
+        monkeypatch.setattr(parallel, road, lambda *_, road=road: taken.append(road))
+    rows = torch.zeros(3, DIM)
+    ids, weights = torch.zeros(3, 6, dtype=torch.int64), torch.zeros(3, 6)
+
+    def forward(counts: list[int]) -> None:
+        parallel.forward(
+            rows,
+            ids,
+            weights,
+            Experts().runner(0, 8),  # type: ignore[arg-type]
+            counts=counts,
+            shared=None,
+            dtype=torch.float32,
+        )
+
+    forward([3] * size)
+    assert taken == ["_gathered" if everyone else "_sharded"]
+    for wrong in ([3] * (size - 1), [4] + [3] * (size - 1)):
+        with pytest.raises(ValueError, match="counts"):
+            forward(wrong)
 
 
 def test_row_numbers_outlive_larger_steps() -> None:

@@ -72,6 +72,7 @@ def test_bad_inputs_are_refused() -> None:
         (torch.zeros(CAPACITY + 2), "even number"),
         (torch.zeros(4, 4)[:, ::2].contiguous()[:, :1], "contiguous"),
         (torch.zeros(4, dtype=torch.bfloat16), "float32"),
+        (torch.zeros(4, dtype=torch.float64), "float32"),
     ):
         with pytest.raises(KernelContractError, match=message):
             peer_sum(x, peers)

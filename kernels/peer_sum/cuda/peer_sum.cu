@@ -16,7 +16,8 @@ struct PeerSum {
 
 namespace {
 
-// Volatile: not cached, not torn within 8 bytes, and the compiler asks again.
+// Volatile: not cached, and the compiler asks again. That the 8 bytes of a value and its tag arrive together
+// is what NCCL's low-latency protocol relies on too.
 __device__ __forceinline__ void leave(uint4* at, uint4 word) {
   asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(word.x),
                "r"(word.y), "r"(word.z), "r"(word.w)
@@ -34,7 +35,7 @@ __device__ __forceinline__ uint4 look(const uint4* at) {
 
 // A thread has one word of two values. All blocks of a sum fit on the chip at once, so a block that
 // waits for its fellows on other ranks keeps none of them from starting.
-__global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ PeerSum a) {
+__global__ void __launch_bounds__(kThreads, 8) sum_kernel(const __grid_constant__ PeerSum a) {
   asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
   const int64_t word = (int64_t)blockIdx.x * kThreads + threadIdx.x;
   const uint32_t tag = (uint32_t)a.rounds[blockIdx.x] + 1;
