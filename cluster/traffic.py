@@ -10,7 +10,7 @@ from typing import Literal
 
 from model.cache_spec import CacheSpec
 from model.deepseek_v4.config import CSA_RATIO, HCA_RATIO, DeepSeekV4Config
-from model.parallel.config import ParallelConfig
+from model.parallel.config import GATHER_FROM, ParallelConfig, share_of_rows
 from model.parallel.partition import (
     Chunk,
     Segments,
@@ -110,20 +110,24 @@ def expert_traffic(
     """Expert dispatch and combine of one chunk, for evenly routed tokens.
 
     A row goes once to each other rank that owns one of its experts (with ``moe_combine: ordered``
-    one row per expert comes back).
+    one row per expert comes back); on few ranks to all of them (``model.parallel.expert``).
 
     Args:
         itemsize: bytes of one activation value (2 in release, 4 in fp32).
     """
     world, chosen = parallel.world, config.num_experts_per_tok
-    reached = 1 - (1 - 1 / world) ** chosen  # that a given rank owns one of the row's experts
-    back = chosen / world if parallel.moe_combine == "ordered" else reached
+    ordered = parallel.moe_combine == "ordered"
+    reached = share_of_rows(world, chosen)
+    everyone = not ordered and reached >= GATHER_FROM
+    if everyone:
+        reached = 1.0
+    back = chosen / world if ordered else reached
     layers = config.num_hidden_layers
     sent = reached * routed_row_bytes(config, itemsize)
     row = tokens * layers * (sent + back * config.hidden_size * itemsize)
     per_node = world // nodes
     return Traffic(
-        name=f"experts, combine {parallel.moe_combine} (even routing)",
+        name=f"experts, combine {parallel.moe_combine} ({'all rows' if everyone else 'even routing'})",
         inside=row * (per_node - 1),
         between=row * (world - per_node),
         tokens=tokens,

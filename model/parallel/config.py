@@ -57,3 +57,13 @@ class MeshCoord:
     def decode_slice(self) -> int:
         """Which world-th of heads and groups this rank decodes: it lies inside its tp slice."""
         return self.tp_rank * self.cp + self.cp_rank
+
+
+# Share of all rows that a rank's experts need, from which on every rank gets all rows (``fast``).
+# Sending everything costs 1/share of the bytes, choosing costs a wait for the host in every layer.
+GATHER_FROM = 0.5
+
+
+def share_of_rows(world: int, choices: int) -> float:
+    """Share of all rows that one rank of a world needs, with ``choices`` experts a row, evenly routed."""
+    return 1 - (1 - 1 / world) ** choices

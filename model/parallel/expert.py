@@ -18,6 +18,7 @@ from kernels import (
     wide_dtype,
     widen,
 )
+from model.parallel.config import GATHER_FROM, share_of_rows
 from model.parallel.host_read import to_host
 from model.parallel.mesh import ParallelMesh
 from model.parallel.row_bytes import pack_routed, slice_rows, unpack_routed
@@ -62,8 +63,7 @@ class ExpertParallel:
         self.mesh, self.ordered = mesh, combine == "ordered"
         self.num_experts, self.num_local = num_experts, num_experts // mesh.world.size
         self.first_expert = mesh.world.rank * self.num_local
-        # Sending everything costs 1/share of the bytes, choosing costs a wait for the host a layer.
-        self.gather_from = 0.5
+        self.gather_from = GATHER_FROM
         # Never given up: a captured decode step goes on reading the one it saw.
         self._numbers = [torch.arange(0)]
 
@@ -129,8 +129,8 @@ class ExpertParallel:
             raise ValueError(
                 f"counts {list(counts)}, allowed: {cp.size} of them, {ids.shape[0]} at {cp.rank}"
             )
-        missed = (1 - 1 / self.mesh.world.size) ** ids.shape[1]
-        if self.ordered or 1 - missed < self.gather_from:
+        share = share_of_rows(self.mesh.world.size, ids.shape[1])
+        if self.ordered or share < self.gather_from:
             return self._sharded(rows, ids, weights, run, shared, dtype)
         return self._gathered(rows, ids, weights, run, shared, dtype, counts)
 

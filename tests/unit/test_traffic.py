@@ -83,8 +83,10 @@ def test_ordered_combine_returns_a_row_per_expert() -> None:
     rows, back = 100 * 43 * 7, 4096 * 2
     reached = 1 - (7 / 8) ** 6
     sent = 4096 + 32 + 32 + 32  # codes, scales, and 6 weights and 6 ids, each padded to 16 bytes
-    assert fast.inside == pytest.approx(rows * reached * (sent + back))
+    assert fast.inside == rows * (sent + back)  # a rank of 8 needs 55 % of the rows, and gets all
     assert ordered.inside == pytest.approx(rows * (reached * sent + 6 / 8 * back))
+    many = expert_traffic(FLASH, ParallelConfig(cp=16), tokens=100, itemsize=2, nodes=1)
+    assert many.inside == pytest.approx(100 * 43 * 15 * (1 - (15 / 16) ** 6) * (sent + back))
 
 
 def test_who_holds_what() -> None:
