@@ -39,14 +39,12 @@ class Timed:
         library: the same work by the library of ``Case.library``; empty where it is not installed.
         library_in_graph: whether the library's call can be captured; else it is timed between events.
         backends: name of an optional backend's implementation -> the op through it.
-        backends_in_graph: likewise for those.
     """
 
     calls: Sequence[Call]
     library: Sequence[Call] = ()
     library_in_graph: bool = True
     backends: dict[str, Sequence[Call]] = field(default_factory=dict)
-    backends_in_graph: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -70,7 +70,7 @@ def measure(case: Case) -> list[Row]:
     (eager if own_name == "reference" else in_graph)[OWN] = timed.calls
     if timed.library:
         (in_graph if timed.library_in_graph else eager)[LIBRARY] = timed.library
-    (in_graph if timed.backends_in_graph else eager).update(timed.backends)
+    in_graph.update(timed.backends)
     us = graph_us(in_graph) | {name: eager_us(calls) for name, calls in eager.items()}
     library_us = us.pop(LIBRARY, None)
     return [_row(case, name or own_name, value, library_us) for name, value in us.items()]

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model.parallel.config import MeshCoord
+from tests.helpers.forced_plans import forced_plans
 from worker.config import KVCacheConfig, ModelSource, SchedulerConfig, WorkerConfig
-from worker.protocol import DecodeSlice, PrefillSlice, SamplingParams, SlotInit, StepPlan
 from worker.worker import Worker
 
 pytestmark = [
@@ -40,27 +40,7 @@ def score(case: str, numerics: str, prefilled: int) -> Tensor:
     worker.load()
     worker.init_cache()
     worker.warm_up()
-    init = SlotInit(request_id=1, slot=1, sampling=SamplingParams(), num_prompt_tokens=len(ids))
-    prompt = PrefillSlice(
-        request_id=1,
-        slot=1,
-        start=0,
-        token_ids=ids[:prefilled],
-        next_token=ids[prefilled],
-        block_ids=[5, 2, 7],
-        logits=True,
-    )
-    plans = [StepPlan(step_id=0, phase="prefill", inits=[init], prefill=[prompt])]
-    for position in range(prefilled, len(ids)):
-        row = DecodeSlice(
-            request_id=1,
-            slot=1,
-            position=position,
-            num_tokens=1,
-            token_ids=[ids[position]],
-            logits=True,
-        )
-        plans.append(StepPlan(step_id=position, phase="decode", decode=[row]))
+    plans = forced_plans(ids, prefilled, [5, 2, 7])
     parts = [worker.execute(plan).outputs[0].logits for plan in plans]
     worker.close()
     logits = np.frombuffer(b"".join(parts), dtype=np.float32).reshape(len(ids), -1)

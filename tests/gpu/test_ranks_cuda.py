@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from model.parallel.config import MeshCoord, ParallelConfig
+from tests.helpers.forced_plans import forced_plans
 from tests.helpers.small_flash import VOCAB, small_flash
 from worker.config import KVCacheConfig, ModelSource, SchedulerConfig, WorkerConfig
-from worker.protocol import DecodeSlice, PrefillSlice, SamplingParams, SlotInit, StepPlan
 from worker.rendezvous import serve_store
 from worker.worker import Worker
 
@@ -26,33 +26,6 @@ pytestmark = [
 ]
 GOLDEN = Path(__file__).parents[1] / "golden" / "g_realdims"
 BLOCK = 256
-
-
-def plans(ids: list[int], prefilled: int) -> list[StepPlan]:
-    """Prefill, then one given token a step, every row's logits asked for."""
-    blocks = list(range(-(-(len(ids) + 8) // BLOCK)))
-    init = SlotInit(request_id=1, slot=1, sampling=SamplingParams(), num_prompt_tokens=len(ids))
-    prompt = PrefillSlice(
-        request_id=1,
-        slot=1,
-        start=0,
-        token_ids=ids[:prefilled],
-        next_token=ids[prefilled],
-        block_ids=blocks,
-        logits=True,
-    )
-    steps = [StepPlan(step_id=0, phase="prefill", inits=[init], prefill=[prompt])]
-    for position in range(prefilled, len(ids)):
-        row = DecodeSlice(
-            request_id=1,
-            slot=1,
-            position=position,
-            num_tokens=1,
-            token_ids=[ids[position]],
-            logits=True,
-        )
-        steps.append(StepPlan(step_id=position, phase="decode", decode=[row]))
-    return steps
 
 
 def run_rank(
@@ -70,7 +43,8 @@ def run_rank(
     worker.load()
     worker.init_cache()
     worker.warm_up()
-    outputs = [worker.execute(plan).outputs for plan in plans(ids, prefilled)]
+    blocks = list(range(-(-(len(ids) + 8) // BLOCK)))
+    outputs = [worker.execute(plan).outputs for plan in forced_plans(ids, prefilled, blocks)]
     if rank == 0:
         answer.put(b"".join(step[0].logits for step in outputs))
     worker.close()

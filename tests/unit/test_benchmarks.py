@@ -204,13 +204,13 @@ def test_measure_makes_a_row_of_each_implementation(monkeypatch: pytest.MonkeyPa
         calls=[lambda: "own"],
         library=[lambda: "other"],
         backends={"deep_gemm": [lambda: "backend"]},
-        backends_in_graph=False,
+        library_in_graph=False,
     )
     case = Case(op="x", shape="1", make=lambda: timed, flops=79e8, moved=1e6, library="somebody's")
     own, served = command.measure(case)
-    assert (own.us, own.implementation, own.library_us) == (10.0, "cuda", 20.0)
+    assert (own.us, own.implementation, own.library_us) == (10.0, "cuda", 21.0)
     assert (own.tflops, own.tbps, own.share_of_limit) == (790.0, 0.1, 1.0)
-    assert (served.us, served.implementation) == (6.0, "deep_gemm")
+    assert (served.us, served.implementation) == (5.0, "deep_gemm")
 
 
 def test_a_twin_is_timed_outside_of_graphs_and_a_failure_loses_no_row(
