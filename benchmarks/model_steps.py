@@ -102,6 +102,7 @@ def run_rank(rank: int, args: argparse.Namespace, init_method: str) -> None:
         kv_cache=KVCacheConfig(num_blocks=args.blocks),
         scheduler=SchedulerConfig(max_num_seqs=max(args.decode), prefix_cache=False),
         speculative=SpeculativeConfig(mtp=0),
+        prefill_graphs=args.prefill_graphs,
     )
     worker = Worker(config, MeshCoord(cp=args.cp, tp=args.tp, rank=rank), device_index=rank)
     phases: dict[str, float] = {}
@@ -186,6 +187,7 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--gather", default="compressed", choices=("compressed", "kv_bf16"))
     parser.add_argument("--keep-fp4", action="store_true", help="leave the experts packed")
+    parser.add_argument("--prefill-graphs", action="store_true", help="capture prefill steps")
     parser.add_argument("--prefill", type=int, nargs="+", default=[8192])
     parser.add_argument("--decode", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--max-len", type=int, default=1 << 17)

@@ -82,6 +82,7 @@ class ClusterConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
     cuda_graphs: bool = True
+    prefill_graphs: bool = False
     cluster: ClusterSection = field(default_factory=ClusterSection)
 
     def worker(self, *, load_mtp: bool = False) -> WorkerConfig:
@@ -94,6 +95,7 @@ class ClusterConfig:
             scheduler=self.scheduler,
             speculative=self.speculative,
             cuda_graphs=self.cuda_graphs,
+            prefill_graphs=self.prefill_graphs,
             load_mtp=load_mtp,
             step_deadline_s=self.cluster.deadline_s(self.scheduler.max_batched_tokens),
         )

@@ -53,6 +53,11 @@ MEANINGS: dict[str, str] = {
     "speculative.mtp": "tokens the MTP block drafts per step; 0: off",
     "cuda_graphs": "run decode steps as CUDA graphs, captured per padded shape when it is first seen "
     "(CUDA, `release`, without `parallel.dcp`)",
+    "prefill_graphs": "run prefill steps as CUDA graphs from the second step of a shape on, up to 4 shapes "
+    "at a time (as `cuda_graphs`; with `moe_combine: fast` where all rows go to all ranks; without "
+    "`kv_shard: cp`). Takes memory outside `kv_cache.memory_fraction`: once the workspace of the largest "
+    "captured step, and for each shape its result (2 x 4 x hidden size bytes for each token of a rank). "
+    "Not measured yet",
     "cluster.executor": "`ray`: one actor per rank; `local`: plain processes of this machine",
     "cluster.nodes": "machines the ranks are spread over, equally",
     "cluster.ray.address": "`host:port` of a running Ray to join; empty: start one here and end it "

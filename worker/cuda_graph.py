@@ -1,4 +1,5 @@
 """Decode steps as CUDA graphs: captured once per padded shape, replayed with the next step's metadata.
+``GraphMemory`` also serves prefill steps (``worker.prefill_graph``).
 
 A decode step is a thousand small kernels; started one by one they would cost more than they run. A
 graph starts them all at once. What a step reads lies at addresses that depend on its shape alone
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,10 +25,35 @@ if TYPE_CHECKING:
     from model.parallel.config import ParallelConfig
 
 Forward = Callable[["DecodeBatch"], tuple[Tensor, Tensor]]
+Result = TypeVar("Result")
 
 _WARM_UPS = 2  # runs before a capture: the first builds what is built at first use
 # Shapes that the GPU kernels of attention and indexer take; others run twins that ask the host.
 _HEAD_DIM, _ROPE_DIM, _INDEX_HEADS, _INDEX_DIM = 512, 64, 64, 128
+
+
+class GraphMemory:
+    """Captures work into graphs that share one memory pool: all of them run on one stream, in turn."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None  # torch's handle
+
+    def capture(self, work: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
+        """Record what ``work`` queues, without running it; its result lies where replays write it."""
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (NCCL's watchdog) may call CUDA meanwhile; only this one must behave.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            result = work()
+        self._pool = graph.pool()
+        return graph, result
+
+    def settle(self) -> None:
+        """Wait until no graph runs, so that one may be dropped."""
+        torch.cuda.synchronize()
+
+    def reset(self) -> None:
+        """Every graph is gone: so is the memory they shared."""
+        self._pool = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +73,7 @@ class DecodeGraphs:
     def __init__(self, forward: Forward) -> None:
         self._forward = forward
         self._captured: dict[tuple[int, ...], _Captured] = {}
-        self._pool: Any = None  # torch's handle of the memory that all graphs share
+        self._memory = GraphMemory()
 
     @classmethod
     def batches(cls, most: int) -> list[int]:
@@ -74,9 +100,9 @@ class DecodeGraphs:
     def close(self) -> None:
         """Destroy the graphs: NCCL gives up no communicator that one of them still names."""
         if self._captured:
-            torch.cuda.synchronize()
+            self._memory.settle()
         self._captured.clear()
-        self._pool = None
+        self._memory.reset()
 
     def _capture(self, batch: DecodeBatch) -> _Captured:
         # Running a step twice is harmless: caches are addressed by position.
@@ -87,11 +113,7 @@ class DecodeGraphs:
                 self._forward(batch)
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # Other threads (NCCL's watchdog) may call CUDA meanwhile; only this one must behave.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            streams, logits = self._forward(batch)
-        self._pool = graph.pool()
+        graph, (streams, logits) = self._memory.capture(lambda: self._forward(batch))
         return _Captured(graph, streams, logits)
 
 

@@ -17,11 +17,12 @@ from model.forward_batch import DecodeBatch
 from model.parallel.context import share_rows
 from model.parallel.mesh import ParallelMesh
 from model.parallel.vocab import VocabLogits
-from worker.cuda_graph import DecodeGraphs
+from worker.cuda_graph import DecodeGraphs, GraphMemory
 from worker.decode_builder import DecodeBuilder, DecodeRows
 from worker.drafter import Drafter, DraftRequest
 from worker.kv_cache import KVCachePool
 from worker.prefill_builder import PrefillBuilder, PrefillStep
+from worker.prefill_graph import PrefillGraphs
 from worker.protocol import DecodeSlice, PrefillSlice, SliceOutput, TokenLogprobs
 from worker.sampling import Draw, RankSampler
 from worker.slots import Slot, SlotTable
@@ -51,11 +52,17 @@ class ModelRunner:
         *,
         num_drafts: int,
         graphs: bool,
+        prefill_graphs: bool,
     ) -> None:
         self.model, self.pool, self.slots, self.mesh = model, pool, slots, mesh
         self.prefill_builder, self.decode_builder = prefill, decode
         self.num_drafts = num_drafts
         self.graphs = DecodeGraphs(self._forward) if graphs else None
+        self.prefill_graphs = None
+        if prefill_graphs:
+            self.prefill_graphs = PrefillGraphs(
+                lambda batch: model.prefill(batch, pool.layers), GraphMemory()
+            )
         self.sampler = RankSampler(mesh.world, pool.device)
         self.drafter = (
             Drafter(model, pool, decode, prefill, self.sampler, num_drafts) if model.mtp else None
@@ -68,7 +75,10 @@ class ModelRunner:
             self.slots.append_blocks(s.slot, s.block_ids)
             slot.observe(s.token_ids, s.start)
         step = self.prefill_builder.build(slices)
-        streams = self.model.prefill(step.batch, self.pool.layers)
+        if self.prefill_graphs is None:
+            streams = self.model.prefill(step.batch, self.pool.layers)
+        else:
+            streams = self.prefill_graphs.run(step.key, step.batch)
         mtp_logits: dict[int, bytes] = {}
         if self.drafter is not None:
             mtp_logits = self.drafter.prefill(slices, held, step, streams)
@@ -153,8 +163,9 @@ class ModelRunner:
 
     def close(self) -> None:
         """Give up the captured graphs; nothing may run afterwards."""
-        if self.graphs is not None:
-            self.graphs.close()
+        for graphs in (self.graphs, self.prefill_graphs):
+            if graphs is not None:
+                graphs.close()
 
     def _decode_rows(
         self, rows: Sequence[DecodeRows]

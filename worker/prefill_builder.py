@@ -34,7 +34,9 @@ from model.parallel.partition import (
     window_wants,
 )
 from model.parallel.ranges import Chunk, RowRange, Segment
+from worker.decode_builder import TABLE_COLUMNS
 from worker.kv_cache import KVCachePool
+from worker.prefill_key import StepKey, step_key
 from worker.protocol import PrefillSlice
 from worker.slots import SlotTable
 
@@ -55,6 +57,7 @@ class PrefillStep:
     """A batch and what the runner needs around it.
 
     ``next_ids`` [T] is the token after each local row (0 where unknown); ``fill`` is None without MTP.
+    ``key`` is the same on every rank; steps of one key have batches of one layout.
     """
 
     batch: PrefillBatch
@@ -62,10 +65,15 @@ class PrefillStep:
     segments: tuple[tuple[Segment, ...], ...]
     next_ids: Tensor
     fill: MTPFill | None
+    key: StepKey
 
 
 class PrefillBuilder:
-    """Builds prefill batches for one rank."""
+    """Builds prefill batches for one rank.
+
+    Args:
+        pad_tables: pad block tables to powers of two, so that steps at nearby positions look alike.
+    """
 
     def __init__(
         self,
@@ -75,9 +83,12 @@ class PrefillBuilder:
         pool: KVCachePool,
         slots: SlotTable,
         device: torch.device,
+        *,
+        pad_tables: bool = False,
     ) -> None:
         self.spec, self.parallel, self.coord = spec, parallel, coord
         self.pool, self.slots, self.device = pool, slots, device
+        self.pad_tables = pad_tables
         self.window = spec.config.sliding_window
         self.publish_all = parallel.cp_gather == "kv_bf16"
 
@@ -88,7 +99,7 @@ class PrefillBuilder:
         request, position = local_tokens(segments[self.coord.cp_rank])
         ids, next_ids = self._local_ids(slices, request, position)
         indices = [s.slot for s in slices]
-        block_table, main_table = self.slots.tables(indices)
+        block_table, main_table = map(self._padded, self.slots.tables(indices))
         positions = self._tensor(position)
         batch = PrefillBatch(
             input_ids=self._tensor(ids),
@@ -115,6 +126,14 @@ class PrefillBuilder:
             segments=segments,
             next_ids=self._tensor(next_ids),
             fill=fill,
+            key=step_key(
+                chunks,
+                segments,
+                _tails(slices),
+                block_table.shape[1],
+                window=self.window,
+                ratios=self.spec.ratios,
+            ),
         )
 
     def pick(self, step: PrefillStep, wanted: Iterable[tuple[int, int]]) -> PickPlan:
@@ -275,6 +294,13 @@ class PrefillBuilder:
             main_slots=self._tensor(self._page_slots(main_table, ratio, *everything)),
             index_slots=self._tensor(index_slots),
         )
+
+    def _padded(self, table: Indices) -> Indices:
+        """A block table with as many columns as steps of its size have; -1 in those added."""
+        if not self.pad_tables:
+            return table
+        columns = max(TABLE_COLUMNS, 1 << (table.shape[1] - 1).bit_length())
+        return np.pad(table, ((0, 0), (0, columns - table.shape[1])), constant_values=-1)
 
     def _page_slots(self, table: Indices, ratio: int, request: Indices, entry: Indices) -> Indices:
         """Page slot of each (request, entry); -1 where the block's page is not on this rank."""

@@ -31,6 +31,7 @@ def rehearse(
     max_batched_tokens: int,
     num_drafts: int,
     batches: Iterable[int],
+    longest_runs: int = 1,
 ) -> None:
     """Run prefill steps of a few lengths and decode steps of the given batch sizes.
 
@@ -40,6 +41,7 @@ def rehearse(
         max_batched_tokens: the largest prefill step: what it allocates must fit now, not later.
         num_drafts: tokens a decode step verifies beside the last one.
         batches: requests of the decode steps; more than there are slots are left out.
+        longest_runs: how often the largest prefill step is run.
     """
     room = min(num_blocks * block_size, max_model_len) - num_drafts - 2
 
@@ -71,8 +73,9 @@ def rehearse(
 
     longest = min(max_batched_tokens, room)
     for tokens in sorted({*(n for n in _PROMPTS if n < longest), longest}):
-        if tokens > 0:
-            prefill(1, tokens)
+        for _ in range(longest_runs if tokens == longest else 1):
+            if tokens > 0:
+                prefill(1, tokens)
     for batch in batches:
         if batch > num_slots or room < _SHORT:
             continue

@@ -26,6 +26,7 @@ from worker.distributed import join_world, leave_world
 from worker.kv_cache import KVCachePool
 from worker.model_runner import ModelRunner
 from worker.prefill_builder import PrefillBuilder
+from worker.prefill_graph import prefill_obstacle
 from worker.protocol import CacheInfo, StepOutput, StepPlan
 from worker.rehearsal import rehearse
 from worker.slots import SlotTable
@@ -130,7 +131,16 @@ class Worker:
             cp_rank=self.coord.cp_rank,
             sharded=parallel.kv_shard == "cp" and parallel.cp > 1,
         )
-        prefill = PrefillBuilder(spec, parallel, self.coord, self._pool, self._slots, self.device)
+        prefill_graphs = self.config.prefill_graphs and not self.prefill_obstacle()
+        prefill = PrefillBuilder(
+            spec,
+            parallel,
+            self.coord,
+            self._pool,
+            self._slots,
+            self.device,
+            pad_tables=prefill_graphs,
+        )
         decode = DecodeBuilder(spec, self._pool, self._slots, self.device)
         self._runner = ModelRunner(
             model,
@@ -141,6 +151,7 @@ class Worker:
             mesh,
             num_drafts=spec.max_drafts,
             graphs=self.config.cuda_graphs and not self.graph_obstacle(),
+            prefill_graphs=prefill_graphs,
         )
         self._info = CacheInfo(
             num_blocks=size.num_blocks,
@@ -165,11 +176,19 @@ class Worker:
             walks_experts=any(block.ffn.walks_experts for block in model.blocks),
         )
 
+    def prefill_obstacle(self) -> str:
+        """Why prefill steps run without CUDA graphs here; empty when nothing is in the way."""
+        return prefill_obstacle(
+            self.config.parallel,
+            decode_obstacle=self.graph_obstacle(),
+            waits_for_host=any(block.ffn.waits_for_host for block in self._need_model().blocks),
+        )
+
     def warm_up(self) -> None:
         """Compile the ops' kernels, rehearse steps on a GPU, then wait until every rank is here.
 
         Rank 0 names the ops that have no kernel for this GPU (their torch twins run, slowly), and what
-        keeps decode steps out of CUDA graphs.
+        keeps steps out of CUDA graphs.
         """
         build(self.device)
         speaks = self.coord.rank == 0
@@ -177,9 +196,12 @@ class Worker:
         if gaps:
             _LOG.warning("no GPU implementation, the torch twin runs: %s", ", ".join(gaps))
         if self.device.type == "cuda":
-            obstacle = self.graph_obstacle()
-            if speaks and self.config.cuda_graphs and obstacle:
-                _LOG.warning("decode steps run without CUDA graphs: %s", obstacle)
+            for phase, wanted, obstacle in (
+                ("decode", self.config.cuda_graphs, self.graph_obstacle()),
+                ("prefill", self.config.prefill_graphs, self.prefill_obstacle()),
+            ):
+                if speaks and wanted and obstacle:
+                    _LOG.warning("%s steps run without CUDA graphs: %s", phase, obstacle)
             self._rehearse()
         self._need_mesh().world.barrier()
 
@@ -196,6 +218,8 @@ class Worker:
             max_batched_tokens=self.config.scheduler.max_batched_tokens,
             num_drafts=runner.num_drafts,
             batches=DecodeGraphs.batches(info.num_slots) if runner.graphs is not None else [1],
+            # The second one is captured: what the graph takes must fit now, too.
+            longest_runs=1 if runner.prefill_graphs is None else 2,
         )
         slots.clear()
 

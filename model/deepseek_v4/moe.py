@@ -79,6 +79,11 @@ class MoE:
         """Whether the experts have no stacked form: one after the other, by bounds on the host."""
         return type(self.experts) is PreparedExperts
 
+    @property
+    def waits_for_host(self) -> bool:
+        """Whether a prefill step reads back how many rows travel."""
+        return self.parallel.mesh.cp.size > 1 and self.parallel.reads_counts(self.topk)
+
     def forward(self, x: Activations, input_ids: Tensor, counts: tuple[int, ...] | None) -> Tensor:
         """x: ffn-normed rows [T, D]; ids [T] -> [T, D], wide where ranks added up their parts.
 

@@ -72,6 +72,10 @@ class ExpertParallel:
         """Whether replicated rows end in a sum over ranks, to which each may add parts of its own."""
         return self.mesh.world.size > 1 and not self.ordered
 
+    def reads_counts(self, topk: int) -> bool:
+        """Whether a context-parallel prefill step of ``topk`` experts a row waits for the host."""
+        return self.ordered or share_of_rows(self.mesh.world.size, topk) < self.gather_from
+
     def forward(
         self,
         rows: Rows,
@@ -129,8 +133,7 @@ class ExpertParallel:
             raise ValueError(
                 f"counts {list(counts)}, allowed: {cp.size} of them, {ids.shape[0]} at {cp.rank}"
             )
-        share = share_of_rows(self.mesh.world.size, ids.shape[1])
-        if self.ordered or share < self.gather_from:
+        if self.reads_counts(ids.shape[1]):
             return self._sharded(rows, ids, weights, run, shared, dtype)
         return self._gathered(rows, ids, weights, run, shared, dtype, counts)
 

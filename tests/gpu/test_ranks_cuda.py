@@ -17,6 +17,7 @@ from model.parallel.config import MeshCoord, ParallelConfig
 from tests.helpers.forced_plans import forced_plans
 from tests.helpers.small_flash import VOCAB, small_flash
 from worker.config import KVCacheConfig, ModelSource, SchedulerConfig, WorkerConfig
+from worker.protocol import PrefillSlice, SamplingParams, SlotInit, StepPlan
 from worker.rendezvous import serve_store
 from worker.worker import Worker
 
@@ -32,8 +33,7 @@ def run_rank(
     rank: int,
     config: WorkerConfig,
     init_method: str,
-    ids: list[int],
-    prefilled: int,
+    steps: list[StepPlan],
     answer: SimpleQueue[bytes],
 ) -> None:
     parallel = config.parallel
@@ -43,20 +43,27 @@ def run_rank(
     worker.load()
     worker.init_cache()
     worker.warm_up()
-    blocks = list(range(-(-(len(ids) + 8) // BLOCK)))
-    outputs = [worker.execute(plan).outputs for plan in forced_plans(ids, prefilled, blocks)]
+    outputs = [worker.execute(plan).outputs for plan in steps]
     if rank == 0:
         answer.put(b"".join(step[0].logits for step in outputs))
     worker.close()
 
 
 def world(config: WorkerConfig, ids: list[int], prefilled: int) -> np.ndarray:
-    """Logits [tokens, vocabulary] of one process per GPU."""
+    """Logits [tokens, vocabulary] of a prompt and given tokens behind it."""
+    blocks = list(range(-(-(len(ids) + 8) // BLOCK)))
+    return world_logits(config, forced_plans(ids, prefilled, blocks))
+
+
+def world_logits(config: WorkerConfig, steps: list[StepPlan]) -> np.ndarray:
+    """Logits [rows, vocabulary] of all steps, one process per GPU."""
+    prefilled = sum(len(part.token_ids) for step in steps for part in step.prefill)
+    tokens = prefilled + sum(len(row.token_ids) for step in steps for row in step.decode)
     store, init_method = serve_store("127.0.0.1", 120)
     context = multiprocessing.get_context("spawn")
     answer: SimpleQueue[bytes] = context.SimpleQueue()
     ranks = [
-        context.Process(target=run_rank, args=(rank, config, init_method, ids, prefilled, answer))
+        context.Process(target=run_rank, args=(rank, config, init_method, steps, answer))
         for rank in range(config.parallel.world)
     ]
     for process in ranks:
@@ -64,7 +71,7 @@ def world(config: WorkerConfig, ids: list[int], prefilled: int) -> np.ndarray:
     while answer.empty():
         assert all(p.exitcode in (None, 0) for p in ranks), [p.exitcode for p in ranks]
         ranks[0].join(0.2)
-    logits = np.frombuffer(answer.get(), np.float32).reshape(len(ids), -1)
+    logits = np.frombuffer(answer.get(), np.float32).reshape(tokens, -1)
     for process in ranks:
         process.join(60)
     assert [p.exitcode for p in ranks] == [0] * len(ranks)
@@ -113,3 +120,53 @@ def test_decode_graphs_on_four_ranks(tmp_path: Path) -> None:
     nccl = replace(config, parallel=replace(config.parallel, peer_memory=False))
     other = world(nccl, ids, 2960)  # another order of summation, nothing else
     assert np.sqrt(np.square(other - replayed).mean()) < 0.1 * np.sqrt(np.square(replayed).mean())
+
+
+def chunk_plans(prompts: int, chunks: int, size: int) -> list[StepPlan]:
+    """Prompts in chunks of one size, each in a slot and blocks of its own; every row's logits."""
+    draw = np.random.default_rng(2)
+    found: list[StepPlan] = []
+    for number in range(prompts):
+        ids = draw.integers(VOCAB, size=size * chunks).tolist()
+        init = SlotInit(
+            request_id=number, slot=number, sampling=SamplingParams(), num_prompt_tokens=len(ids)
+        )
+        per_chunk = size // BLOCK
+        first = number * chunks * per_chunk
+        for i in range(chunks):
+            part = PrefillSlice(
+                request_id=number,
+                slot=number,
+                start=i * size,
+                token_ids=ids[i * size : (i + 1) * size],
+                block_ids=[*range(first + i * per_chunk, first + (i + 1) * per_chunk)],
+                logits=True,
+            )
+            found.append(
+                StepPlan(
+                    step_id=len(found),
+                    phase="prefill",
+                    inits=[init] if i == 0 else [],
+                    prefill=[part],
+                )
+            )
+    return found
+
+
+@pytest.mark.parametrize(("cp", "peer_memory"), [(4, True), (4, False), (2, True)])
+def test_prefill_graphs_on_four_ranks(tmp_path: Path, cp: int, peer_memory: bool) -> None:
+    """Chunks that are launched, captured and replayed: the bits of chunks that are all launched."""
+    source = ModelSource(
+        shape=small_flash(tmp_path, (0, 4, 128, 4)), load_format="random", max_model_len=8192
+    )
+    config = setup(source, cp, 4 // cp)
+    config = replace(
+        config,
+        parallel=replace(config.parallel, peer_memory=peer_memory),
+        kv_cache=KVCacheConfig(num_blocks=64, block_size=BLOCK),
+    )
+    steps = chunk_plans(2, 6, 1024)
+    launched = world_logits(config, steps)
+    replayed = world_logits(replace(config, prefill_graphs=True), steps)
+    assert np.isfinite(launched).all()
+    assert np.array_equal(replayed, launched)

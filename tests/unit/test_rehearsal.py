@@ -8,7 +8,7 @@ from worker.protocol import StepOutput, StepPlan
 from worker.rehearsal import rehearse
 
 
-def steps(**limits: int) -> list[StepPlan]:
+def steps(*, longest_runs: int = 1, **limits: int) -> list[StepPlan]:
     seen: list[StepPlan] = []
 
     def execute(plan: StepPlan) -> StepOutput:
@@ -23,7 +23,7 @@ def steps(**limits: int) -> list[StepPlan]:
         "max_batched_tokens": 1000,
         "num_drafts": 1,
     } | limits
-    rehearse(execute, batches=[1, 2, 4, 8], **limits)
+    rehearse(execute, batches=[1, 2, 4, 8], longest_runs=longest_runs, **limits)
     return seen
 
 
@@ -34,6 +34,12 @@ def test_prompts_up_to_the_largest_step_and_every_batch() -> None:
     decodes = [p.decode for p in plans if p.phase == "decode"]
     assert [len(rows) for rows in decodes] == [1, 2, 4]  # 8 is more than there are slots
     assert all(row.num_tokens == 2 and row.position == 3 for rows in decodes for row in rows)
+
+
+def test_the_largest_step_may_run_again_to_be_captured() -> None:
+    plans = [p for p in steps(longest_runs=2) if p.phase == "prefill"]
+    assert [len(p.prefill[0].token_ids) for p in plans[:5]] == [7, 100, 512, 1000, 1000]
+    assert plans[3].prefill == plans[4].prefill
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 8])
