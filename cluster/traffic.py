@@ -95,7 +95,7 @@ def routed_row_bytes(config: DeepSeekV4Config, itemsize: int) -> int:
     """
     hidden, choices = config.hidden_size, config.num_experts_per_tok
     values = (hidden, -(-hidden // 128)) if itemsize == 2 else (hidden * itemsize,)
-    parts = (*values, choices * max(itemsize, 4), choices * 4)
+    parts = (*values, choices * max(itemsize, 4), choices * 8)
     return sum(-(-part // 16) * 16 for part in parts)
 
 

@@ -107,7 +107,9 @@ if TYPE_CHECKING:  # the same exports, for type checkers and editors
     from kernels.rms_norm.api import rms_norm as rms_norm
     from kernels.rope.api import apply_rope as apply_rope
     from kernels.row_exchange.api import (
+        RowCopy as RowCopy,
         RowStream as RowStream,
+        copy_rows as copy_rows,
         pack_rows as pack_rows,
         unpack_rows as unpack_rows,
     )
@@ -207,7 +209,9 @@ _EXPORTS: dict[str, str] = {
     "PartialSample": "kernels.sample_partial.api",
     "sample_partial": "kernels.sample_partial.api",
     "merge_samples": "kernels.sample_partial.api",
+    "RowCopy": "kernels.row_exchange.api",
     "RowStream": "kernels.row_exchange.api",
+    "copy_rows": "kernels.row_exchange.api",
     "pack_rows": "kernels.row_exchange.api",
     "unpack_rows": "kernels.row_exchange.api",
 }

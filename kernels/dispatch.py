@@ -112,6 +112,7 @@ _FOLDERS: dict[str, str] = {
     "peer_sum": "peer_sum",
     "pack_rows": "row_exchange",
     "unpack_rows": "row_exchange",
+    "copy_rows": "row_exchange",
 }
 
 
@@ -238,6 +239,7 @@ _FASTER: dict[str, tuple[Implementation, ...]] = {
     "peer_sum": _hopper("peer_sum", "values and tags in one trip between the GPUs"),
     "pack_rows": _hopper("row_exchange", "one launch for all streams"),
     "unpack_rows": _hopper("row_exchange", "one launch for all streams"),
+    "copy_rows": _hopper("row_exchange", "one launch for all lists"),
 }
 
 

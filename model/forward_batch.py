@@ -40,12 +40,14 @@ class WindowPlan:
         rows: the exchange.
         workspace: buffer rows that this rank's queries may see, segment by segment [N].
         start, length: each local query's rows inside the workspace [T].
+        nowhere: -1 for each row that the stream starts from.
     """
 
     rows: RowExchange
     workspace: Tensor
     start: Tensor
     length: Tensor
+    nowhere: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +56,7 @@ class GroupPlan:
 
     Args:
         rows: the exchange of compressor rows (u, g).
+        phase: position of each local row inside its group [T].
         row_index: buffer rows each entry pools [E, 8 or 128], -1 = none.
         positions: first token of each entry's group [E].
         counts: entries each cp rank pools when they are gathered; None: every rank pools all.
@@ -63,6 +66,7 @@ class GroupPlan:
     """
 
     rows: RowExchange
+    phase: Tensor
     row_index: Tensor
     positions: Tensor
     counts: tuple[int, ...] | None

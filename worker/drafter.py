@@ -211,5 +211,6 @@ class Drafter:
             workspace=none,
             start=none,
             length=none,
+            nowhere=torch.full((1,), -1, device=device),
         )
         self.mtp.block.store_window(x, torch.from_numpy(position).to(device), plan, self.pool.mtp)

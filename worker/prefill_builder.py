@@ -112,7 +112,7 @@ class PrefillBuilder:
             },
             window=self._window(slices, chunks, segments),
             groups={
-                r: self._group(r, slices, chunks, segments, block_table, main_table)
+                r: self._group(r, positions, slices, chunks, segments, block_table, main_table)
                 for r in sorted(set(self.spec.ratios) - {0})
             },
             block_table=self._tensor(block_table),
@@ -179,8 +179,9 @@ class PrefillBuilder:
             shared_wants=shared,
             publish_all=self.publish_all,
         )
+        mine = segments[self.coord.cp_rank]
         return self._window_plan(
-            plan, slices, chunks, segments[self.coord.cp_rank], keep=self.window - 1
+            plan, slices, chunks, mine, count=num_tokens(mine), keep=self.window - 1
         )
 
     def _window_plan(
@@ -190,9 +191,13 @@ class PrefillBuilder:
         chunks: Sequence[Chunk],
         segments: Sequence[Segment],
         *,
+        count: int,
         keep: int,
     ) -> WindowPlan:
-        """Index maps of one window stream; the ring gets the last ``keep`` rows of each chunk."""
+        """Index maps of one window stream of ``count`` local rows.
+
+        The ring gets the last ``keep`` rows of each chunk. ``segments`` are those of the rank's queries.
+        """
         rank, back = self.coord.cp_rank, self.window - 1
         workspace, start, length, offset = [], [], [], 0
         for own in segments:
@@ -228,11 +233,13 @@ class PrefillBuilder:
             workspace=self._join(workspace),
             start=self._join(start),
             length=self._join(length),
+            nowhere=torch.full((count,), -1, device=self.device),
         )
 
     def _group(
         self,
         ratio: int,
+        positions: Tensor,
         slices: Sequence[PrefillSlice],
         chunks: Sequence[Chunk],
         segments: Sequence[Sequence[Segment]],
@@ -288,6 +295,7 @@ class PrefillBuilder:
                 tail_source=self._join(tail_source),
                 tail_dest=self._join(tail_dest),
             ),
+            phase=positions % ratio,
             row_index=self._tensor(np.concatenate(row_index)),
             positions=self._tensor(pooled * ratio),
             counts=None if everyone else entries.counts,
@@ -354,7 +362,7 @@ class PrefillBuilder:
         return MTPFill(
             local=self._tensor(local_index(segments[rank], ranges)),
             positions=self._tensor(position),
-            plan=self._window_plan(plan, slices, chunks, (), keep=self.window),
+            plan=self._window_plan(plan, slices, chunks, (), count=len(position), keep=self.window),
         )
 
     def _tensor(self, values: Indices) -> Tensor:

@@ -1,1 +1,1 @@
-"""Rows of several streams through one collective."""
+"""Rows of several streams through one collective; several lists of rows copied at once."""

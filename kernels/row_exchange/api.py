@@ -1,4 +1,5 @@
 """``pack_rows`` and ``unpack_rows``: several streams of rows travel between ranks as one buffer.
+``copy_rows``: several lists of rows are copied at once.
 
 ``received = all_gather(pack_rows(streams)); buffers = unpack_rows(received, streams)``. The streams of
 all ranks agree in order, counts, width and dtype; a rank's part of the buffer then has the same bytes
@@ -68,6 +69,33 @@ class RowStream:
         return kept + sum(self.counts) + self.carries
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowCopy:
+    """Rows on their way from one tensor to another.
+
+    Args:
+        source: rows [N, w]; any leading stride.
+        target: rows [M, w] of the same dtype; any leading stride.
+        source_index: int64 [n], the rows to read; None: all of them, in order.
+        target_index: int64 [n], each distinct, where they go; None: to all rows, in order.
+    """
+
+    source: Tensor
+    target: Tensor
+    source_index: Tensor | None = None
+    target_index: Tensor | None = None
+
+    @property
+    def reads(self) -> int:
+        """Rows that are read."""
+        return (self.source if self.source_index is None else self.source_index).shape[0]
+
+    @property
+    def writes(self) -> int:
+        """Rows that are written: as many, or the copy is refused."""
+        return (self.target if self.target_index is None else self.target_index).shape[0]
+
+
 def stream_offsets(streams: tuple[RowStream, ...]) -> list[int]:
     """First byte of each stream in a rank's part of the buffer, then the part's size."""
     offsets = [0]
@@ -116,6 +144,38 @@ def unpack_rows(received: Tensor, streams: tuple[RowStream, ...]) -> tuple[Tenso
     )
     buffers: tuple[Tensor, ...] = kernel("unpack_rows", device)(received, streams)
     return buffers
+
+
+def copy_rows(copies: tuple[RowCopy, ...]) -> None:
+    """Copy every list of rows. No list may write what one of them reads or writes.
+
+    Raises:
+        KernelContractError: wrong shape, dtype or device, or more or fewer rows than places; on the
+            CPU also a row outside its tensor.
+    """
+    if not copies:
+        return
+    device = copies[0].source.device
+    for one in copies:
+        check_tensor("copy_rows: source", one.source, shape=(None, None), device=device)
+        shape = (None, one.source.shape[1])
+        check_tensor("copy_rows: target", one.target, shape=shape, device=device)
+        if one.target.dtype is not one.source.dtype:
+            raise KernelContractError(
+                f"copy_rows: target: expected dtype {one.source.dtype}, got {one.target.dtype}"
+            )
+        for name, index in (("source", one.source_index), ("target", one.target_index)):
+            if index is not None:
+                check_tensor(
+                    f"copy_rows: {name}_index",
+                    index,
+                    shape=(None,),
+                    dtype=torch.int64,
+                    device=device,
+                )
+        if one.reads != one.writes:
+            raise KernelContractError(f"copy_rows: {one.reads} rows, but {one.writes} places")
+    kernel("copy_rows", device)(copies)
 
 
 def _check_streams(op: str, streams: tuple[RowStream, ...]) -> None:

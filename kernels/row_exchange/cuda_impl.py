@@ -1,4 +1,4 @@
-"""CUDA C++: every stream's rows in one launch each way."""
+"""CUDA C++: every stream's rows in one launch each way; lists of rows in one launch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels import nvcc
-from kernels.row_exchange.api import RowStream, stream_offsets
+from kernels.row_exchange.api import RowCopy, RowStream, stream_offsets
 
 _SOURCE = Path(__file__).parent / "cuda" / "row_exchange.cu"
 _MOST = 24  # lists of rows in one launch
@@ -20,7 +20,7 @@ _UNITS = (16, 8, 4, 2, 1)
 
 class _Segment(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("from_", "to", "index")),
+        *((name, ctypes.c_void_p) for name in ("from_", "to", "from_index", "to_index")),
         *((name, ctypes.c_int64) for name in ("from_stride", "to_stride", "rows", "first_block")),
         ("units", ctypes.c_uint32),
         ("unit", ctypes.c_int),
@@ -70,6 +70,11 @@ def unpack_rows(received: Tensor, streams: tuple[RowStream, ...]) -> tuple[Tenso
     return buffers
 
 
+def copy_rows(copies: tuple[RowCopy, ...]) -> None:
+    """See ``kernels.row_exchange.api.copy_rows``."""
+    _copy([_copied(one) for one in copies], copies[0].source)
+
+
 def _buffer(stream: RowStream, local: Tensor) -> Tensor:
     if stream.keep_local and stream.buffer_rows == local.shape[0]:
         return local
@@ -100,6 +105,18 @@ def _rows(rows: Tensor, to: int, width: int, index: Tensor | None) -> _Segment:
     return _segment(rows.data_ptr(), stride, to, width, count, width, index)
 
 
+def _copied(one: RowCopy) -> _Segment:
+    size = one.source.element_size()
+    width, stride, to_stride = (
+        n * size for n in (one.source.shape[1], one.source.stride(0), one.target.stride(0))
+    )
+    source, to = one.source.data_ptr(), one.target.data_ptr()
+    if one.source_index is None and one.target_index is None and stride == to_stride == width:
+        return _segment(source, 0, to, 0, min(one.reads, 1), one.reads * width, None)
+    indices = one.source_index, one.target_index
+    return _segment(source, stride, to, to_stride, one.reads, width, *indices)
+
+
 def _segment(
     source: int,
     source_stride: int,
@@ -107,14 +124,16 @@ def _segment(
     to_stride: int,
     rows: int,
     row_bytes: int,
-    index: Tensor | None,
+    from_index: Tensor | None,
+    to_index: Tensor | None = None,
 ) -> _Segment:
     numbers = (source, source_stride, to, to_stride, row_bytes)
     unit = next(u for u in _UNITS if all(n % u == 0 for n in numbers))
     return _Segment(
         from_=source,
         to=to,
-        index=None if index is None else index.data_ptr(),
+        from_index=None if from_index is None else from_index.data_ptr(),
+        to_index=None if to_index is None else to_index.data_ptr(),
         from_stride=source_stride,
         to_stride=to_stride,
         rows=rows,

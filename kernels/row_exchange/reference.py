@@ -1,11 +1,11 @@
-"""Torch twins of ``pack_rows`` and ``unpack_rows``."""
+"""Torch twins of ``pack_rows``, ``unpack_rows`` and ``copy_rows``."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from kernels.row_exchange.api import RowStream, stream_offsets
+from kernels.row_exchange.api import RowCopy, RowStream, stream_offsets
 
 
 def pack_rows(streams: tuple[RowStream, ...]) -> Tensor:
@@ -37,3 +37,13 @@ def unpack_rows(received: Tensor, streams: tuple[RowStream, ...]) -> tuple[Tenso
             parts.append(stream.local.new_empty(0, width, dtype=dtype))
         buffers.append(parts[0] if len(parts) == 1 else torch.cat(parts))
     return tuple(buffers)
+
+
+def copy_rows(copies: tuple[RowCopy, ...]) -> None:
+    """See ``kernels.row_exchange.api.copy_rows``."""
+    for one in copies:
+        rows = one.source if one.source_index is None else one.source[one.source_index]
+        if one.target_index is None:
+            one.target.copy_(rows)
+        else:
+            one.target[one.target_index] = rows

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from kernels import (
+    RowCopy,
     WindowRing,
     WindowRows,
     beside,
+    copy_rows,
     kv_insert,
     load_entries,
     merge_lse,
@@ -95,10 +97,11 @@ class Attention:
         streams = [self._window_stream(kv, batch.positions, batch.window, cache)]
         rows = None
         if self.entries is not None:
-            rows = self.entries.rows(x, batch.positions)
+            rows = self.entries.rows(x, batch)
             streams.append(self.entries.stream(rows, batch, cache))
         buffer, *more = exchange_streams(self.mesh.cp, tuple(streams))
-        window = self._keep_window(buffer, batch.window, cache)
+        states = self.entries.kept(more[0], batch, cache) if self.entries is not None else []
+        window = self._keep_window(buffer, batch.window, cache, states)
         entries = None
         if self.entries is not None and rows is not None:
             entries = self.entries.prefill(rows, more[0], qr, batch, cache)
@@ -147,7 +150,7 @@ class Attention:
         _, kv = self.wq_a_wkv.split(self.projector.product(x, self.wq_a_wkv.weight))
         stream = self._window_stream(kv, positions, plan, cache)
         (buffer,) = exchange_streams(self.mesh.cp, (stream,))
-        self._keep_window(buffer, plan, cache)
+        self._keep_window(buffer, plan, cache, [])
 
     def _latents(self, x: Activations) -> tuple[Activations, Tensor]:
         """Normed query latents, and KV latents as the product gives them (a view)."""
@@ -173,21 +176,33 @@ class Attention:
             self.eps,
             cache.window,
             cache.window_layout,
-            torch.full_like(positions, -1),
+            plan.nowhere,
             quantize=self.projector.quantize,
         )
         carried = load_entries(cache.window, cache.window_layout, plan.rows.carried, kv.dtype)
         return row_stream(kv, plan.rows, carried, None)
 
     @staticmethod
-    def _keep_window(buffer: Tensor, plan: WindowPlan, cache: LayerCache) -> WindowRows:
-        """Store ring and tails out of the exchanged rows; returns what queries may see."""
+    def _keep_window(
+        buffer: Tensor, plan: WindowPlan, cache: LayerCache, states: list[RowCopy]
+    ) -> WindowRows:
+        """Store ring and tails out of the exchanged rows; returns what queries may see.
+
+        ``states`` are copies of other rows, made at the same time.
+        """
         rows = plan.rows
-        store_entries(cache.window, cache.window_layout, rows.state_dest, buffer[rows.state_source])
-        store_entries(
-            cache.tail_window, cache.tail_layout, rows.tail_dest, buffer[rows.tail_source]
+        ring, tails, seen = (
+            RowCopy(
+                source=buffer,
+                source_index=index,
+                target=buffer.new_empty(index.shape[0], buffer.shape[1]),
+            )
+            for index in (rows.state_source, rows.tail_source, plan.workspace)
         )
-        return WindowRows(kv=buffer[plan.workspace], start=plan.start, length=plan.length)
+        copy_rows((ring, tails, seen, *states))
+        store_entries(cache.window, cache.window_layout, rows.state_dest, ring.target)
+        store_entries(cache.tail_window, cache.tail_layout, rows.tail_dest, tails.target)
+        return WindowRows(kv=seen.target, start=plan.start, length=plan.length)
 
     def _merge_shards(
         self, q: Tensor, window: WindowRing, entries: EntryPages, scale: float

@@ -54,10 +54,11 @@ class Compressor:
         """Values of a row: u, then g."""
         return 2 * self.ape.shape[1]
 
-    def add_positions(self, rows: Tensor, positions: Tensor) -> None:
-        """``g += ape[position mod ratio]``, in rows [T, width] of the product."""
-        half = self.ape.shape[1]
-        rows[:, half:].add_(self.ape.to(rows.dtype)[positions % self.ratio])
+    @property
+    def ape_rows(self) -> Tensor:
+        """``ape`` as rows [ratio, width] that leave u as it is when they are added."""
+        # x + 0.0 would lose the sign of -0.0, x - 0.0 does not.
+        return torch.cat([torch.full_like(self.ape, -0.0), self.ape], 1)
 
     def part(self, pool: Tensor, layout: PageLayout, slots: Tensor) -> CompressPart:
         """This compressor's share of a decode step: its constants, and where entries go."""

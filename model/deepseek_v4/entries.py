@@ -5,9 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from kernels import EntryPages, compress_decode, stack_weights, store_entries, wide_dtype
+from kernels import (
+    EntryPages,
+    RowCopy,
+    compress_decode,
+    stack_weights,
+    store_entries,
+    wide_dtype,
+)
 from model.deepseek_v4.compressor import Compressor
 from model.deepseek_v4.config import CSA_RATIO
 from model.deepseek_v4.indexer import Indexer
@@ -78,24 +86,38 @@ class CompressedEntries:
         self.wkv_wgate = stack_weights([weights.block(f"{attn}.{r}.weight") for r in readers])
         self.main_width = self.compressor.width
         self.width = self.main_width + (self.indexer.compressor.width if self.indexer else 0)
+        parts = [self.compressor.ape_rows]
+        if self.indexer is not None:
+            parts.append(self.indexer.compressor.ape_rows)
+        # What prefill adds to the rows of the product, by position inside the group [ratio, width].
+        self.ape = torch.cat(parts, 1).to(wide_dtype(numerics.dtype))
 
     def index_heads(self, qr: Activations) -> Tensor | None:
         """The indexer's query heads [T, h, di] as the product gives them; None in HCA layers."""
         return None if self.indexer is None else self.indexer.heads_of(qr)
 
-    def rows(self, x: Activations, positions: Tensor) -> EntryRows:
+    def rows(self, x: Activations, batch: PrefillBatch) -> EntryRows:
         """The compressors' rows of local tokens, and the indexer's head weights."""
         product = self._product(x)
         rows = product[:, : self.width]
-        self.compressor.add_positions(rows[:, : self.main_width], positions)
-        if self.indexer is not None:
-            self.indexer.compressor.add_positions(rows[:, self.main_width :], positions)
+        rows.add_(self.ape[batch.groups[self.ratio].phase])
         return EntryRows(rows, product[:, self.width :])
 
     def stream(self, rows: EntryRows, batch: PrefillBatch, cache: LayerCache) -> RowStream:
         """How the rows travel between the cp ranks."""
         plan = batch.groups[self.ratio].rows
         return row_stream(rows.rows, plan, cache.state, plan.carried)
+
+    def kept(self, buffer: Tensor, batch: PrefillBatch, cache: LayerCache) -> list[RowCopy]:
+        """The copies that store state and tails out of the rows' buffer."""
+        plan = batch.groups[self.ratio].rows
+        return [
+            RowCopy(source=buffer, source_index=source, target=target, target_index=dest)
+            for source, target, dest in (
+                (plan.state_source, cache.state, plan.state_dest),
+                (plan.tail_source, cache.tail_state, plan.tail_dest),
+            )
+        ]
 
     def prefill(
         self,
@@ -107,6 +129,8 @@ class CompressedEntries:
     ) -> EntryPages:
         """Pool and store the step's entries; returns what the local queries attend to.
 
+        The rows' state is stored elsewhere (``kept``).
+
         Args:
             buffer: the rows' buffer ``[local | gathered | carried]``.
             qr: normed query latents of local rows.
@@ -117,8 +141,6 @@ class CompressedEntries:
             pooled.append(self._pool_index(self.indexer, buffer, plan.row_index, plan.positions))
         main, *index = gather_entries(cp, tuple(pooled), plan.counts)
         store_entries(cache.main, cache.main_layout, plan.main_slots, main)
-        cache.state[plan.rows.state_dest] = buffer[plan.rows.state_source]
-        cache.tail_state[plan.rows.tail_dest] = buffer[plan.rows.tail_source]
         chosen = None
         num_entries = batch.num_entries[self.ratio]
         if self.indexer is not None:

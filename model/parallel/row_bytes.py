@@ -6,12 +6,10 @@ from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from kernels import QuantRows
+from kernels import QuantRows, RowCopy, copy_rows
 
 _ALIGN = 16  # bytes at which every part starts: what ``QuantRows`` promises of codes and scales
-_IDS = torch.int32  # on the way
 
 Rows = TypeVar("Rows", bound=Tensor | QuantRows)
 
@@ -32,20 +30,30 @@ def pack_routed(rows: Tensor | QuantRows, ids: Tensor, weights: Tensor) -> Tenso
 
     Args:
         rows: [T, D].
-        ids: int64 [T, K], below 2^31.
+        ids: int64 [T, K].
         weights: float32 or float64 [T, K].
 
     Returns:
-        uint8 [T, bytes of a row].
+        uint8 [T, bytes of a row]; bytes between the parts hold anything.
     """
     forms = [rows.q, rows.scale] if isinstance(rows, QuantRows) else [rows]
-    return torch.cat([_as_bytes(part) for part in (*forms, weights, ids.to(_IDS))], dim=1)
+    parts = [*forms, weights, ids]
+    widths = [part.shape[1] * part.element_size() for part in parts]
+    wire = torch.empty(
+        ids.shape[0], sum(map(_padded, widths)), dtype=torch.uint8, device=ids.device
+    )
+    copies, at = [], 0
+    for part, width in zip(parts, widths, strict=True):
+        copies.append(RowCopy(source=part, target=wire[:, at : at + width].view(part.dtype)))
+        at += _padded(width)
+    copy_rows(tuple(copies))
+    return wire
 
 
 def unpack_routed(
     wire: Tensor, *, like: Tensor | QuantRows, weights_like: Tensor
 ) -> tuple[Tensor | QuantRows, Tensor, Tensor]:
-    """Rows, ids (int64) and weights that ``pack_routed`` packed; rows and weights are views.
+    """Rows, ids and weights that ``pack_routed`` packed: views.
 
     Args:
         like: rows of the same form and width; their number does not matter.
@@ -67,14 +75,7 @@ def unpack_routed(
         rows = part(like.shape[1], like.dtype)
     choices = weights_like.shape[1]
     weights = part(choices, weights_like.dtype)
-    return rows, part(choices, _IDS).long(), weights
-
-
-def _as_bytes(x: Tensor) -> Tensor:
-    """[T, columns] -> uint8 [T, bytes of a row, padded]."""
-    data = (x if x.shape[1] == 0 or x.stride(1) == 1 else x.contiguous()).view(torch.uint8)
-    missing = _padded(data.shape[1]) - data.shape[1]
-    return functional.pad(data, (0, missing)) if missing else data
+    return rows, part(choices, torch.int64), weights
 
 
 def _padded(nbytes: int) -> int:

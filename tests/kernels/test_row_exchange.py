@@ -1,11 +1,19 @@
-"""Packed row streams: what every rank unpacks equals the rows put together one stream at a time."""
+"""Packed row streams: what every rank unpacks equals the rows put together one stream at a time.
+Lists of rows that are copied at once."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from kernels import KernelContractError, RowStream, pack_rows, unpack_rows
+from kernels import (
+    KernelContractError,
+    RowCopy,
+    RowStream,
+    copy_rows,
+    pack_rows,
+    unpack_rows,
+)
 from tests.helpers.strided import column_slice, microseconds
 
 
@@ -87,6 +95,45 @@ def test_contract() -> None:
         pack_rows((RowStream(local=torch.randn(2, 4), counts=(2,), carried=torch.randn(2, 5)),))
     with pytest.raises(KernelContractError, match="received: expected shape"):
         unpack_rows(pack_rows(good), good)
+
+
+def test_copies() -> None:
+    ring = torch.zeros(6, 8)
+    some = torch.arange(10.0)[:, None].repeat(1, 3)
+    wide, whole, empty = torch.zeros(4, 3), torch.zeros(2, 2, dtype=torch.uint8), torch.empty(0, 3)
+    given = torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8)
+    none = torch.zeros(0, dtype=torch.int64)
+    copy_rows(
+        (
+            RowCopy(
+                source=some,
+                source_index=torch.tensor([9, 4, 4]),
+                target=ring[:, 4:7],
+                target_index=torch.tensor([5, 0, 2]),
+            ),
+            RowCopy(source=some, source_index=torch.tensor([1, 3, 5, 7]), target=wide),
+            RowCopy(source=given, target=whole),
+            RowCopy(source=some, source_index=none, target=empty),
+        )
+    )
+    want = torch.zeros(6, 8)
+    want[5, 4:7], want[0, 4:7], want[2, 4:7] = 9, 4, 4
+    assert torch.equal(ring, want)
+    assert wide[:, 0].tolist() == [1, 3, 5, 7]
+    assert torch.equal(whole, given)
+    copy_rows(())
+
+
+def test_contract_of_copies() -> None:
+    rows, index = torch.randn(3, 4), torch.tensor([0])
+    with pytest.raises(KernelContractError, match="3 rows, but 1 places"):
+        copy_rows((RowCopy(source=rows, target=rows.clone(), target_index=index),))
+    with pytest.raises(KernelContractError, match=r"target: expected shape \[any, 4\]"):
+        copy_rows((RowCopy(source=rows, target=torch.empty(3, 5)),))
+    with pytest.raises(KernelContractError, match="target: expected dtype"):
+        copy_rows((RowCopy(source=rows, target=rows.double()),))
+    with pytest.raises(KernelContractError, match="source_index: expected dtype int64"):
+        copy_rows((RowCopy(source=rows, source_index=index.int(), target=rows[:1].clone()),))
 
 
 @pytest.mark.benchmark

@@ -1,11 +1,11 @@
-"""Packed row streams on the GPU: the twin's rows."""
+"""Packed row streams and copies of rows on the GPU: the twin's rows."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from kernels import RowStream
+from kernels import RowCopy, RowStream
 from kernels.row_exchange import reference
 from kernels.row_exchange.api import stream_offsets
 from tests.helpers.gpu import DEVICE, Implementation
@@ -76,3 +76,45 @@ def test_nothing_at_all() -> None:
     packed = impl.pack_rows((stream,))
     assert packed.shape == (0,)
     assert impl.unpack_rows(packed, (stream,))[0].shape == (0, 8)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 3000])
+def test_copies(count: int) -> None:
+    """Of odd and of model widths, from and to columns of wider tensors, with each kind of index."""
+    torch.manual_seed(count)
+    made = []
+    for width, lead, dtype in (
+        (512, 0, torch.bfloat16),
+        (2560, 4, torch.float32),
+        (6, 2, torch.int64),
+        (33, 3, torch.uint8),
+        (4096, 16, torch.float8_e4m3fn),
+    ):
+        source = (100 * torch.randn(count + 5, width + lead, device=DEVICE)).to(dtype)[:, lead:]
+        for gathers, scatters in ((False, False), (True, False), (False, True), (True, True)):
+            index = torch.randint(0, count + 5, (count,), device=DEVICE) if gathers else None
+            places = torch.randperm(count + 9, device=DEVICE)[:count] if scatters else None
+            target = torch.zeros(count + 9, width + 2 * lead, device=DEVICE).to(dtype)
+            made.append((source if gathers else source[:count], index, places, target, lead, width))
+
+    def copies() -> tuple[tuple[RowCopy, ...], list[torch.Tensor]]:
+        found, targets = [], []
+        for source, index, places, target, lead, width in made:
+            targets.append(target.clone())
+            inside = targets[-1][:, lead : lead + width]
+            found.append(
+                RowCopy(
+                    source=source,
+                    source_index=index,
+                    target=inside[:count] if places is None else inside,
+                    target_index=places,
+                )
+            )
+        return tuple(found), targets
+
+    ours, got = copies()
+    impl.copy_rows(ours)
+    theirs, want = copies()
+    reference.copy_rows(theirs)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))

@@ -264,7 +264,7 @@ def test_a_captured_step_keeps_tensors_of_its_own() -> None:
     _, batch = next(batches(Ranks(2)))
     copy = map_tensors(batch, Tensor.clone)
     pairs = list(zip(tensors_of(batch), tensors_of(copy), strict=True))
-    assert len(pairs) == 36  # 7, 9 of the window, 10 of each ratio
+    assert len(pairs) == 39  # 7, 10 of the window, 11 of each ratio
     assert all(a.numel() == 0 or a.data_ptr() != b.data_ptr() for a, b in pairs)
     assert layout_of(copy) == layout_of(batch)
     assert layout_of(replace(batch, counts=(1, 2))) != layout_of(batch)

@@ -82,7 +82,7 @@ def test_ordered_combine_returns_a_row_per_expert() -> None:
     )
     rows, back = 100 * 43 * 7, 4096 * 2
     reached = 1 - (7 / 8) ** 6
-    sent = 4096 + 32 + 32 + 32  # codes, scales, and 6 weights and 6 ids, each padded to 16 bytes
+    sent = 4096 + 32 + 32 + 48  # codes, scales, and 6 weights and 6 ids, each padded to 16 bytes
     assert fast.inside == rows * (sent + back)  # a rank of 8 needs 55 % of the rows, and gets all
     assert ordered.inside == pytest.approx(rows * (reached * sent + 6 / 8 * back))
     many = expert_traffic(FLASH, ParallelConfig(cp=16), tokens=100, itemsize=2, nodes=1)

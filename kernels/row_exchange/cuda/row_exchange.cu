@@ -7,11 +7,12 @@ namespace causeway {
 
 constexpr int kSegments = 24, kThreads = 256, kUnits = 8;  // units per thread
 
-// `rows` rows of `units` pieces of `unit` bytes each; row i comes from row index[i], or i.
+// `rows` rows of `units` pieces of `unit` bytes each; row i comes from row from_index[i], or i, and goes
+// to row to_index[i], or i.
 struct Segment {
   const char* from;
   char* to;
-  const int64_t* index;
+  const int64_t *from_index, *to_index;
   int64_t from_stride, to_stride, rows, first_block;
   uint32_t units;
   int unit;
@@ -34,15 +35,18 @@ __device__ __forceinline__ void copy(const Segment& s, int64_t block) {
     uint32_t at = rest + i * kThreads, down = at / s.units;
     int64_t row = row0 + down;
     if (first + threadIdx.x + i * kThreads < total) {
-      if (s.index) row = s.index[row];
+      if (s.from_index) row = s.from_index[row];
       values[i] = reinterpret_cast<const Unit*>(s.from + row * s.from_stride)[at - down * s.units];
     }
   }
 #pragma unroll
   for (int i = 0; i < kUnits; ++i) {
     uint32_t at = rest + i * kThreads, down = at / s.units;
-    if (first + threadIdx.x + i * kThreads < total)
-      reinterpret_cast<Unit*>(s.to + (row0 + down) * s.to_stride)[at - down * s.units] = values[i];
+    int64_t row = row0 + down;
+    if (first + threadIdx.x + i * kThreads < total) {
+      if (s.to_index) row = s.to_index[row];
+      reinterpret_cast<Unit*>(s.to + row * s.to_stride)[at - down * s.units] = values[i];
+    }
   }
 }
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels import CacheDtype, EntryKind, PageLayout
 from kernels.compress_decode.api import SERIES, CompressPart
 from kernels.row_exchange import reference as exchange
-from kernels.row_exchange.api import RowStream, stream_offsets
+from kernels.row_exchange.api import RowCopy, RowStream, stream_offsets
 from kernels.sample_partial.api import PartialSample
 from tests.kernels.op_cases.base import (
     EPS,
@@ -233,6 +233,35 @@ def exchanged(op_name: str, widths: tuple[int, ...]) -> Make:
     return make
 
 
+def copied(widths: tuple[int, ...]) -> Make:
+    """Several lists of rows, each to places of its own in another order."""
+
+    def make(count: int, device: torch.device, dtype: torch.dtype) -> Inputs:
+        rows = {
+            f"list{i}": torch.randn(count, width, device=device).to(dtype)
+            for i, width in enumerate(widths)
+        }
+
+        def call(op: Op, rows: Rows) -> tuple[Tensor, ...]:
+            count = rows["list0"].shape[0]
+            order = torch.arange(count, device=device)
+            copies = tuple(
+                RowCopy(
+                    source=part,
+                    source_index=order,
+                    target=part.new_empty(count, part.shape[1] + 16)[:, 16:],
+                    target_index=order.flip(0),
+                )
+                for part in rows.values()
+            )
+            op(copies)
+            return tuple(one.target.flip(0) for one in copies)
+
+        return Inputs(rows=rows, call=call)
+
+    return make
+
+
 def cases() -> Iterator[Case]:
     """All of them."""
     fused = "tests/kernels/test_qkv_norm_rope_gpu.py"
@@ -287,6 +316,15 @@ def cases() -> Iterator[Case]:
             make=merge_samples(ranks),
             proof="tests/kernels/test_sample_partial_gpu.py",
             cpu=ranks == 3,
+        )
+    for name, widths in (("real", (512, 1024, 2560)), ("odd", (5, 3))):
+        yield Case(
+            op="copy_rows",
+            name=name,
+            make=copied(widths),
+            proof="tests/kernels/test_row_exchange_gpu.py",
+            big=name == "real",
+            cpu=name == "odd",
         )
     for op in ("pack_rows", "unpack_rows"):
         for name, widths in (("real", (1024, 512, 256)), ("odd", (5, 3))):
