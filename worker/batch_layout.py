@@ -1,7 +1,8 @@
-"""The shape of a batch: all of it that is not the contents of its tensors.
+"""A batch as a tree of dataclasses, dicts and tuples: its layout, and its tensors in one buffer.
 
-A batch is a tree of dataclasses, dicts and tuples. Its tensors are what a captured step reads anew at each
-replay; everything else (row counts, None, shapes) is baked into the capture.
+Its tensors are what a captured step reads anew at each replay; everything else (row counts, None, shapes:
+the layout) is baked into the capture. The tensors lie in one buffer, so that one copy brings all of them
+to the device, and one more to where a captured step reads them.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 Batch = TypeVar("Batch")
+_WORD, _ALIGN = 8, 2  # bytes of the buffer's numbers; numbers between the starts of tensors
 
 
 def layout_of(value: Any) -> Hashable:
@@ -49,6 +52,34 @@ def map_tensors(value: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
     elif is_dataclass(value) and not isinstance(value, type):
         changed = replace(value, **{k: map_tensors(part, change) for k, part in _parts(value)})
     return cast("Batch", changed)
+
+
+def pack(batch: Batch, device: torch.device) -> tuple[Batch, Tensor]:
+    """A tree of CPU tensors -> the same tree on ``device``, its tensors views of one buffer.
+
+    Returns:
+        the tree, and the buffer, int64 [words]. Where each tensor lies follows from the layout. On CUDA
+        the copy is queued on the current stream and nothing waits for it.
+    """
+    parts = [part.numpy() for part in tensors_of(batch)]
+    rooms = [-(-part.nbytes // (_WORD * _ALIGN)) * _ALIGN for part in parts]
+    host = torch.empty(sum(rooms), dtype=torch.int64, pin_memory=device.type == "cuda")
+    words, start = host.numpy(), 0
+    for part, room in zip(parts, rooms, strict=True):
+        place = words[start : start + room].view(part.dtype)
+        place[: part.size] = part.reshape(-1)
+        start += room
+    packed = host if device.type == "cpu" else host.to(device, non_blocking=True)
+    return place_in(packed, batch), packed
+
+
+def place_in(packed: Tensor, batch: Batch) -> Batch:
+    """The tree with views of ``packed`` [words], which ``pack`` made for a batch of its layout."""
+    parts = list(tensors_of(batch))
+    rooms = [-(-part.nbytes // (_WORD * _ALIGN)) * _ALIGN for part in parts]
+    places = zip(torch.split(packed, rooms), parts, strict=True)
+    views = (place.view(part.dtype)[: part.numel()].view(part.shape) for place, part in places)
+    return map_tensors(batch, lambda _: next(views))
 
 
 def _parts(value: Any) -> Iterator[tuple[Any, Any]]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from model.deepseek_v4.model import DeepSeekV4
-from model.forward_batch import DecodeBatch
+from model.forward_batch import DecodeBatch, PickPlan
 from model.parallel.context import share_rows
 from model.parallel.mesh import ParallelMesh
 from model.parallel.vocab import VocabLogits
@@ -58,11 +59,8 @@ class ModelRunner:
         self.prefill_builder, self.decode_builder = prefill, decode
         self.num_drafts = num_drafts
         self.graphs = DecodeGraphs(self._forward) if graphs else None
-        self.prefill_graphs = None
-        if prefill_graphs:
-            self.prefill_graphs = PrefillGraphs(
-                lambda batch: model.prefill(batch, pool.layers), GraphMemory()
-            )
+        launch = partial(model.prefill, caches=pool.layers)
+        self.prefill_graphs = PrefillGraphs(launch, GraphMemory()) if prefill_graphs else None
         self.sampler = RankSampler(mesh.world, pool.device)
         self.drafter = (
             Drafter(model, pool, decode, prefill, self.sampler, num_drafts) if model.mtp else None
@@ -75,10 +73,13 @@ class ModelRunner:
             self.slots.append_blocks(s.slot, s.block_ids)
             slot.observe(s.token_ids, s.start)
         step = self.prefill_builder.build(slices)
+        sampling = [i for i, s in enumerate(slices) if s.sample]
+        # Planned ahead of the forward, so that all which follows it can be queued while it runs.
+        last = self.prefill_builder.pick(step, [(i, step.chunks[i].end - 1) for i in sampling])
         if self.prefill_graphs is None:
             streams = self.model.prefill(step.batch, self.pool.layers)
         else:
-            streams = self.prefill_graphs.run(step.key, step.batch)
+            streams = self.prefill_graphs.run(step)
         mtp_logits: dict[int, bytes] = {}
         if self.drafter is not None:
             mtp_logits = self.drafter.prefill(slices, held, step, streams)
@@ -87,8 +88,7 @@ class ModelRunner:
             for i, (s, slot) in enumerate(zip(slices, held, strict=True))
             if s.logits or slot.sampling.prompt_logprobs >= 0
         }
-        sampling = [i for i, s in enumerate(slices) if s.sample]
-        draws = self._sample_prefill(slices, held, step, streams, sampling)
+        draws = self._sample_prefill(slices, held, step, streams, sampling, last)
         for s, slot in zip(slices, held, strict=True):
             slot.num_computed = s.start + len(s.token_ids)
         if self.mesh.world.rank != 0:
@@ -223,11 +223,11 @@ class ModelRunner:
         step: PrefillStep,
         streams: Tensor,
         sampling: Sequence[int],
+        pick: PickPlan,
     ) -> dict[int, Draw]:
-        """Draw the first token of every prompt that ends here, and its drafts."""
+        """Draw the first token of every prompt that ends here (``pick``: its last row), and its drafts."""
         if not sampling:
             return {}
-        pick = self.prefill_builder.pick(step, [(i, step.chunks[i].end - 1) for i in sampling])
         last = share_rows(self.mesh.cp, streams[pick.local], pick)
         logits = self.model.logits(self.model.head_rows(last))
         jobs = [held[i].draw_job(step.chunks[i].end, []) for i in sampling]

@@ -34,6 +34,7 @@ from model.parallel.partition import (
     window_wants,
 )
 from model.parallel.ranges import Chunk, RowRange, Segment
+from worker.batch_layout import pack
 from worker.decode_builder import TABLE_COLUMNS
 from worker.kv_cache import KVCachePool
 from worker.prefill_key import StepKey, step_key
@@ -56,11 +57,13 @@ class MTPFill:
 class PrefillStep:
     """A batch and what the runner needs around it.
 
-    ``next_ids`` [T] is the token after each local row (0 where unknown); ``fill`` is None without MTP.
-    ``key`` is the same on every rank; steps of one key have batches of one layout.
+    ``packed`` is the buffer in which the batch's tensors lie. ``next_ids`` [T] is the token after each
+    local row (0 where unknown); ``fill`` is None without MTP. ``key`` is the same on every rank; steps of
+    one key have batches of one layout.
     """
 
     batch: PrefillBatch
+    packed: Tensor
     chunks: tuple[Chunk, ...]
     segments: tuple[tuple[Segment, ...], ...]
     next_ids: Tensor
@@ -100,31 +103,31 @@ class PrefillBuilder:
         ids, next_ids = self._local_ids(slices, request, position)
         indices = [s.slot for s in slices]
         block_table, main_table = map(self._padded, self.slots.tables(indices))
-        positions = self._tensor(position)
-        batch = PrefillBatch(
-            input_ids=self._tensor(ids),
-            positions=positions,
-            row_seq=self._tensor(request),
+        ratios = sorted(set(self.spec.ratios) - {0})
+        on_host = PrefillBatch(
+            input_ids=_tensor(ids),
+            positions=_tensor(position),
+            row_seq=_tensor(request),
             counts=tuple(num_tokens(part) for part in segments),
-            num_entries={
-                r: torch.div(positions + 1, r, rounding_mode="floor")
-                for r in sorted(set(self.spec.ratios) - {0})
-            },
+            num_entries={r: _tensor((position + 1) // r) for r in ratios},
             window=self._window(slices, chunks, segments),
             groups={
-                r: self._group(r, positions, slices, chunks, segments, block_table, main_table)
-                for r in sorted(set(self.spec.ratios) - {0})
+                r: self._group(r, position, slices, chunks, segments, block_table, main_table)
+                for r in ratios
             },
-            block_table=self._tensor(block_table),
-            main_block_table=self._tensor(main_table),
+            block_table=_tensor(block_table),
+            main_block_table=_tensor(main_table),
             scratch=self._scratch(chunks, block_table),
         )
+        batch, packed = pack(on_host, self.device)
         fill = self._mtp_fill(slices, chunks, segments) if self.spec.with_mtp else None
+        (next_tokens, fill), _ = pack((_tensor(next_ids), fill), self.device)
         return PrefillStep(
             batch=batch,
+            packed=packed,
             chunks=chunks,
             segments=segments,
-            next_ids=self._tensor(next_ids),
+            next_ids=next_tokens,
             fill=fill,
             key=step_key(
                 chunks,
@@ -147,11 +150,10 @@ class PrefillBuilder:
         starts = np.cumsum([0] + [len(p) for p in per_rank])
         order = np.array([starts[rank] + i for rank, i in place], dtype=np.int64)
         local = np.array(per_rank[self.coord.cp_rank], dtype=np.int64)
-        return PickPlan(
-            local=self._tensor(local),
-            counts=tuple(len(p) for p in per_rank),
-            order=self._tensor(order),
+        plan = PickPlan(
+            local=_tensor(local), counts=tuple(len(p) for p in per_rank), order=_tensor(order)
         )
+        return pack(plan, self.device)[0]
 
     def _local_ids(
         self, slices: Sequence[PrefillSlice], request: Indices, position: Indices
@@ -222,24 +224,24 @@ class PrefillBuilder:
         carried = _carried(request, position, slices, self.spec.ring_rows)
         return WindowPlan(
             rows=RowExchange(
-                send=self._tensor(plan.local_rows(rank)),
+                send=_tensor(plan.local_rows(rank)),
                 counts=plan.counts,
-                carried=self._tensor(carried),
-                state_source=self._join(keep_source),
-                state_dest=self._join(keep_dest),
-                tail_source=self._join(tail_source),
-                tail_dest=self._join(tail_dest),
+                carried=_tensor(carried),
+                state_source=_join(keep_source),
+                state_dest=_join(keep_dest),
+                tail_source=_join(tail_source),
+                tail_dest=_join(tail_dest),
             ),
-            workspace=self._join(workspace),
-            start=self._join(start),
-            length=self._join(length),
-            nowhere=torch.full((count,), -1, device=self.device),
+            workspace=_join(workspace),
+            start=_join(start),
+            length=_join(length),
+            nowhere=_tensor(np.full(count, -1)),
         )
 
     def _group(
         self,
         ratio: int,
-        positions: Tensor,
+        own_positions: Indices,
         slices: Sequence[PrefillSlice],
         chunks: Sequence[Chunk],
         segments: Sequence[Sequence[Segment]],
@@ -287,20 +289,20 @@ class PrefillBuilder:
             index_slots = self._page_slots(block_table, ratio, *everything)
         return GroupPlan(
             rows=RowExchange(
-                send=self._tensor(plan.local_rows(rank)),
+                send=_tensor(plan.local_rows(rank)),
                 counts=plan.counts,
-                carried=self._tensor(carried),
-                state_source=self._join(keep_source),
-                state_dest=self._join(keep_dest),
-                tail_source=self._join(tail_source),
-                tail_dest=self._join(tail_dest),
+                carried=_tensor(carried),
+                state_source=_join(keep_source),
+                state_dest=_join(keep_dest),
+                tail_source=_join(tail_source),
+                tail_dest=_join(tail_dest),
             ),
-            phase=positions % ratio,
-            row_index=self._tensor(np.concatenate(row_index)),
-            positions=self._tensor(pooled * ratio),
+            phase=_tensor(own_positions % ratio),
+            row_index=_tensor(np.concatenate(row_index)),
+            positions=_tensor(pooled * ratio),
             counts=None if everyone else entries.counts,
-            main_slots=self._tensor(self._page_slots(main_table, ratio, *everything)),
-            index_slots=self._tensor(index_slots),
+            main_slots=_tensor(self._page_slots(main_table, ratio, *everything)),
+            index_slots=_tensor(index_slots),
         )
 
     def _padded(self, table: Indices) -> Indices:
@@ -333,9 +335,9 @@ class PrefillBuilder:
             table[i, column] = starts[owner] + index
         pages = np.array(per_rank[self.coord.cp_rank], dtype=np.int64)
         return ScratchPlan(
-            pages=self._tensor(pages),
+            pages=_tensor(pages),
             counts=tuple(len(p) for p in per_rank),
-            block_table=self._tensor(table),
+            block_table=_tensor(table),
         )
 
     def _mtp_fill(
@@ -360,17 +362,19 @@ class PrefillBuilder:
         ranges = [RowRange(s.request, s.start, s.end) for s in kept[rank]]
         _, position = local_tokens(kept[rank])
         return MTPFill(
-            local=self._tensor(local_index(segments[rank], ranges)),
-            positions=self._tensor(position),
+            local=_tensor(local_index(segments[rank], ranges)),
+            positions=_tensor(position),
             plan=self._window_plan(plan, slices, chunks, (), count=len(position), keep=self.window),
         )
 
-    def _tensor(self, values: Indices) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
 
-    def _join(self, parts: list[Indices]) -> Tensor:
-        empty = np.zeros(0, dtype=np.int64)
-        return self._tensor(np.concatenate([empty, *parts]).astype(np.int64))
+def _tensor(values: Indices) -> Tensor:
+    """Still on the host: all tensors of a step travel together (``pack``)."""
+    return torch.from_numpy(np.ascontiguousarray(values))
+
+
+def _join(parts: list[Indices]) -> Tensor:
+    return _tensor(np.concatenate([np.zeros(0, dtype=np.int64), *parts]).astype(np.int64))
 
 
 def _tails(slices: Sequence[PrefillSlice]) -> list[list[int]]:

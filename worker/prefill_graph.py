@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import Tensor
 
-from worker.batch_layout import layout_of, map_tensors, tensors_of
+from worker.batch_layout import layout_of, place_in
 
 if TYPE_CHECKING:
     from model.forward_batch import PrefillBatch
     from model.parallel.config import ParallelConfig
+    from worker.prefill_builder import PrefillStep
     from worker.prefill_key import StepKey
 
 Forward = Callable[["PrefillBatch"], Tensor]
@@ -98,7 +99,7 @@ class CaptureChoice:
 @dataclass(frozen=True, slots=True)
 class _Captured:
     graph: Graph
-    batch: PrefillBatch  # its tensors are what the graph reads
+    packed: Tensor  # the buffer that the graph reads
     layout: Hashable
     streams: Tensor
 
@@ -119,25 +120,25 @@ class PrefillGraphs:
         self._choice = CaptureChoice() if choice is None else choice
         self._captured: dict[StepKey, _Captured] = {}
 
-    def run(self, key: StepKey, batch: PrefillBatch) -> Tensor:
+    def run(self, step: PrefillStep) -> Tensor:
         """Streams [T, R, D] of a step; the caller's to keep.
 
         Raises:
             RuntimeError: a step whose layout is not that of the step captured under its key.
         """
-        choice = self._choice.choose(key)
+        choice = self._choice.choose(step.key)
         if choice.evicted is not None:
             self._recorder.settle()
             del self._captured[choice.evicted]
             if not self._captured:
                 self._recorder.reset()
         if choice.action == "launch":
-            return self._forward(batch)
+            return self._forward(step.batch)
         if choice.action == "capture":
-            self._captured[key] = self._capture(batch)
+            self._captured[step.key] = self._capture(step)
         else:
-            self._load(self._captured[key], batch)
-        captured = self._captured[key]
+            self._load(self._captured[step.key], step)
+        captured = self._captured[step.key]
         captured.graph.replay()
         return captured.streams.clone()  # the next graph works in the same memory
 
@@ -148,23 +149,23 @@ class PrefillGraphs:
             self._captured.clear()
             self._recorder.reset()
 
-    def _capture(self, batch: PrefillBatch) -> _Captured:
+    def _capture(self, step: PrefillStep) -> _Captured:
         # The key was launched before: nothing is compiled, allocated for good or connected from here on.
         # No warm-up: a prefill step run twice would read ring rows that its first run has overwritten.
-        static = map_tensors(batch, Tensor.clone)
+        packed = step.packed.clone()
+        static = place_in(packed, step.batch)
         graph, streams = self._recorder.capture(lambda: self._forward(static))
-        return _Captured(graph, static, layout_of(static), streams)
+        return _Captured(graph, packed, layout_of(static), streams)
 
     @staticmethod
-    def _load(captured: _Captured, batch: PrefillBatch) -> None:
+    def _load(captured: _Captured, step: PrefillStep) -> None:
         # A rank that launched the step instead would leave the others waiting in their graphs.
-        if layout_of(batch) != captured.layout:
+        if layout_of(step.batch) != captured.layout:
             raise RuntimeError(
-                f"a prefill step of {batch.num_rows} rows has the key of another layout, captured with"
-                f" {captured.batch.num_rows} rows: worker.prefill_key.step_key lacks something"
+                f"a prefill step of {step.batch.num_rows} rows has the key of another layout:"
+                " worker.prefill_key.step_key lacks something"
             )
-        for old, new in zip(tensors_of(captured.batch), tensors_of(batch), strict=True):
-            old.copy_(new)
+        captured.packed.copy_(step.packed)
 
 
 def prefill_obstacle(

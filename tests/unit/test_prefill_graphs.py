@@ -18,7 +18,7 @@ from model.forward_batch import PrefillBatch
 from model.parallel.config import MeshCoord, ParallelConfig
 from tests.helpers.parity_runs import shape_path
 from tests.helpers.replay import FakeRecorder
-from worker.batch_layout import layout_of, map_tensors, tensors_of
+from worker.batch_layout import layout_of, place_in, tensors_of
 from worker.kv_cache import KVCachePool
 from worker.prefill_builder import PrefillBuilder, PrefillStep
 from worker.prefill_graph import CaptureChoice, PrefillGraphs, prefill_obstacle
@@ -239,20 +239,19 @@ def weighed(batch: PrefillBatch) -> Tensor:
     return total * torch.ones(batch.num_rows + 1, 2, 3, dtype=torch.float64)
 
 
-def batches(ranks: Ranks) -> Iterator[tuple[Hashable, PrefillBatch]]:
+def like_steps(ranks: Ranks) -> Iterator[PrefillStep]:
     for start in itertools.count(512, 128):
-        step = ranks.steps((Piece(start, 300, (128,)),))[-1]
-        yield step.key, step.batch
+        yield ranks.steps((Piece(start, 300, (128,)),))[-1]
 
 
 @pytest.mark.parametrize("cp", [1, 4])
 def test_replays_read_the_new_step_and_results_are_the_callers(cp: int) -> None:
     recorder, results = FakeRecorder(torch.float64), []
     graphs = PrefillGraphs(weighed, recorder)
-    for key, batch in itertools.islice(batches(Ranks(cp)), 5):
-        before = [t.clone() for t in tensors_of(batch)]
-        results.append((graphs.run(key, batch), weighed(batch)))
-        assert all(map(torch.equal, before, tensors_of(batch)))
+    for step in itertools.islice(like_steps(Ranks(cp)), 5):
+        before = step.packed.clone()
+        results.append((graphs.run(step), weighed(step.batch)))
+        assert torch.equal(before, step.packed)
     assert recorder.captures == 1
     assert all(torch.equal(found, want) for found, want in results)  # later replays changed none
     assert len({float(found[0, 0, 0]) for found, _ in results}) == 5
@@ -260,23 +259,29 @@ def test_replays_read_the_new_step_and_results_are_the_callers(cp: int) -> None:
     assert recorder.events == ["capture", "settle", "reset"]
 
 
-def test_a_captured_step_keeps_tensors_of_its_own() -> None:
-    _, batch = next(batches(Ranks(2)))
-    copy = map_tensors(batch, Tensor.clone)
-    pairs = list(zip(tensors_of(batch), tensors_of(copy), strict=True))
+def test_a_captured_step_reads_a_buffer_of_its_own() -> None:
+    step = next(like_steps(Ranks(2)))
+    own = step.packed.clone()
+    copy = place_in(own, step.batch)
+    pairs = list(zip(tensors_of(step.batch), tensors_of(copy), strict=True))
     assert len(pairs) == 39  # 7, 10 of the window, 11 of each ratio
-    assert all(a.numel() == 0 or a.data_ptr() != b.data_ptr() for a, b in pairs)
-    assert layout_of(copy) == layout_of(batch)
-    assert layout_of(replace(batch, counts=(1, 2))) != layout_of(batch)
+    for here, there in pairs:
+        assert torch.equal(here, there)
+        assert here.storage_offset() == there.storage_offset()
+        assert here.data_ptr() % 16 == 0
+    own.zero_()
+    assert not any(there.any() for _, there in pairs)  # all of them lie in it
+    assert layout_of(copy) == layout_of(step.batch)
+    assert layout_of(replace(step.batch, counts=(1, 2))) != layout_of(step.batch)
     with pytest.raises(TypeError, match="str, which has no layout"):
         layout_of("x")
 
 
 def test_a_dropped_graph_is_waited_for() -> None:
-    recorder, steps = FakeRecorder(torch.float64), batches(Ranks(1))
+    recorder, steps = FakeRecorder(torch.float64), like_steps(Ranks(1))
     graphs = PrefillGraphs(weighed, recorder, CaptureChoice(kept=1, idle=0))
     for key in ("a", "a", "b", "b"):
-        graphs.run(key, next(steps)[1])
+        graphs.run(replace(next(steps), key=key))
     assert recorder.events == ["capture", "settle", "reset", "capture"]
 
 
@@ -285,9 +290,9 @@ def test_another_layout_under_a_known_key_is_refused() -> None:
     (short,), (long,) = ranks.steps((Piece(0, 5),)), ranks.steps((Piece(0, 6),))
     graphs = PrefillGraphs(weighed, FakeRecorder(torch.float64))
     for _ in range(2):
-        graphs.run("key", short.batch)
-    with pytest.raises(RuntimeError, match="6 rows has the key of another layout, captured with 5"):
-        graphs.run("key", long.batch)
+        graphs.run(short)
+    with pytest.raises(RuntimeError, match="6 rows has the key of another layout"):
+        graphs.run(replace(long, key=short.key))
 
 
 def test_what_keeps_prefill_out_of_graphs() -> None:
