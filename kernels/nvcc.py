@@ -97,7 +97,8 @@ def _build(units: list[Path], target: Path) -> None:
 
 def stream(tensor: Tensor) -> ctypes.c_void_p:
     """The current CUDA stream of the tensor's device, as an argument of a library call."""
-    return ctypes.c_void_p(torch.cuda.current_stream(tensor.device).cuda_stream)
+    # As the streams of torch.cuda, without their objects: every launch of every step comes here.
+    return ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(tensor.get_device()))
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
