@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import Call, Case, Timed, integers, own, randn, sets
-from kernels import CacheDtype, CompressPart, EntryKind, PageLayout, RowStream
+from kernels import CacheDtype, CompressPart, EntryKind, PageLayout, RowCopy, RowStream
 from kernels.row_exchange.api import stream_offsets
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -30,6 +30,7 @@ def cases() -> Iterator[Case]:
             for ends in (True, False):
                 yield _decode(rows, ratio, ends=ends)
     yield from _exchange()
+    yield from _copies()
     yield from _sampling()
 
 
@@ -225,6 +226,24 @@ def _exchange() -> Iterator[Case]:
     shape = f"{local} local rows of 512 bf16 and 2560 f32, {halo} sent"
     yield _case("pack_rows", shape, 2 * halo * row, local * row, pack)
     yield _case("unpack_rows", shape, 2 * (local + ranks * halo) * row, local * row, unpack)
+
+
+def _copies() -> Iterator[Case]:
+    """Rows on their way to the experts: codes, scales, weights and ids side by side."""
+    rows, widths = 16384, (4096, 32, 24, 48)
+
+    def make() -> Call:
+        wire = torch.empty(rows, 4208, dtype=torch.uint8, device="cuda")
+        copies, at = [], 0
+        for width in widths:
+            source = integers(1 << 40, rows * width // 8).view(torch.uint8).view(rows, width)
+            copies.append(RowCopy(source=source, target=wire[:, at : at + width]))
+            at += -(-width // 16) * 16
+        run = own("copy_rows")
+        return lambda: run(tuple(copies))
+
+    size = rows * sum(widths)
+    yield _case("copy_rows", f"{rows} routed rows of 4096 codes", 2 * size, size, make)
 
 
 def _sampling() -> Iterator[Case]:
