@@ -7,6 +7,7 @@ to the device, and one more to where a captured step reads them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
@@ -62,12 +63,11 @@ def pack(batch: Batch, device: torch.device) -> tuple[Batch, Tensor]:
         the copy is queued on the current stream and nothing waits for it.
     """
     parts = [part.numpy() for part in tensors_of(batch)]
-    rooms = [-(-part.nbytes // (_WORD * _ALIGN)) * _ALIGN for part in parts]
+    rooms = [_room(part.nbytes) for part in parts]
     host = torch.empty(sum(rooms), dtype=torch.int64, pin_memory=device.type == "cuda")
     words, start = host.numpy(), 0
     for part, room in zip(parts, rooms, strict=True):
-        place = words[start : start + room].view(part.dtype)
-        place[: part.size] = part.reshape(-1)
+        words[start : start + room].view(part.dtype)[: part.size] = part.reshape(-1)
         start += room
     packed = host if device.type == "cpu" else host.to(device, non_blocking=True)
     return place_in(packed, batch), packed
@@ -75,11 +75,27 @@ def pack(batch: Batch, device: torch.device) -> tuple[Batch, Tensor]:
 
 def place_in(packed: Tensor, batch: Batch) -> Batch:
     """The tree with views of ``packed`` [words], which ``pack`` made for a batch of its layout."""
-    parts = list(tensors_of(batch))
-    rooms = [-(-part.nbytes // (_WORD * _ALIGN)) * _ALIGN for part in parts]
-    places = zip(torch.split(packed, rooms), parts, strict=True)
-    views = (place.view(part.dtype)[: part.numel()].view(part.shape) for place, part in places)
-    return map_tensors(batch, lambda _: next(views))
+    rooms = [_room(part.nbytes) for part in tensors_of(batch)]
+    places = iter(torch.split(packed, rooms))
+
+    def view(part: Tensor) -> Tensor:
+        place = next(places)
+        if part.dtype != place.dtype:
+            place = place.view(part.dtype)
+        if part.numel() != place.numel():
+            place = place[: part.numel()]
+        return place if part.dim() == 1 else place.view(part.shape)
+
+    return map_tensors(batch, view)
+
+
+def _room(nbytes: int) -> int:
+    return -(-nbytes // (_WORD * _ALIGN)) * _ALIGN
+
+
+@functools.cache
+def _names(kind: type) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind))
 
 
 def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
@@ -89,6 +105,6 @@ def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
     elif isinstance(value, dict):
         yield from value.items()
     elif is_dataclass(value) and not isinstance(value, type):
-        yield from ((field.name, getattr(value, field.name)) for field in fields(value))
+        yield from ((name, getattr(value, name)) for name in _names(type(value)))
     else:
         raise TypeError(f"a batch holds {type(value).__name__}, which has no layout")

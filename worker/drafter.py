@@ -74,16 +74,18 @@ class Drafter:
         Args:
             streams: main streams of the local rows [T, R, D].
         """
+        fill = step.fill
+        if fill is None:
+            raise RuntimeError("a step that was built without the MTP block")
         for s, slot in zip(slices, held, strict=True):
             self._resume(s, slot)
         self._save_streams(slices, step, streams)
         scored: dict[int, bytes] = {}
         if any(s.mtp_logits for s in slices):
-            scored = self._score_prefill(slices, step, streams)
-        if step.fill is not None:  # after scoring, which still reads the ring's older rows
-            rows = step.fill.local
-            x = self.mtp.inputs(streams[rows], self.model.embedding(step.next_ids[rows]))
-            self.mtp.block.store_window(x, step.fill.positions, step.fill.plan, self.pool.mtp)
+            scored = self._score_prefill(slices, step, fill.next_ids, streams)
+        # After scoring, which still reads the ring's older rows.
+        x = self.mtp.inputs(streams[fill.local], self.model.embedding(fill.next_ids[fill.local]))
+        self.mtp.block.store_window(x, fill.positions, fill.plan, self.pool.mtp)
         return scored
 
     def draft(self, requests: Sequence[DraftRequest]) -> None:
@@ -148,9 +150,9 @@ class Drafter:
         return self.mtp.block.decode(Residual(x), batch, self.pool.mtp).mixed()
 
     def _score_prefill(
-        self, slices: Sequence[PrefillSlice], step: PrefillStep, streams: Tensor
+        self, slices: Sequence[PrefillSlice], step: PrefillStep, next_ids: Tensor, streams: Tensor
     ) -> dict[int, bytes]:
-        x = self.mtp.inputs(streams, self.model.embedding(step.next_ids))
+        x = self.mtp.inputs(streams, self.model.embedding(next_ids))
         out = self.mtp.block.prefill(Residual(x), step.batch, self.pool.mtp).mixed()
         result = {}
         for i, s in enumerate(slices):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model.deepseek_v4.model import DeepSeekV4
-from model.forward_batch import DecodeBatch, PickPlan
+from model.forward_batch import DecodeBatch
 from model.parallel.context import share_rows
 from model.parallel.mesh import ParallelMesh
 from model.parallel.vocab import VocabLogits
@@ -73,9 +73,6 @@ class ModelRunner:
             self.slots.append_blocks(s.slot, s.block_ids)
             slot.observe(s.token_ids, s.start)
         step = self.prefill_builder.build(slices)
-        sampling = [i for i, s in enumerate(slices) if s.sample]
-        # Planned ahead of the forward, so that all which follows it can be queued while it runs.
-        last = self.prefill_builder.pick(step, [(i, step.chunks[i].end - 1) for i in sampling])
         if self.prefill_graphs is None:
             streams = self.model.prefill(step.batch, self.pool.layers)
         else:
@@ -88,7 +85,8 @@ class ModelRunner:
             for i, (s, slot) in enumerate(zip(slices, held, strict=True))
             if s.logits or slot.sampling.prompt_logprobs >= 0
         }
-        draws = self._sample_prefill(slices, held, step, streams, sampling, last)
+        sampling = [i for i, s in enumerate(slices) if s.sample]
+        draws = self._sample_prefill(slices, held, step, streams, sampling)
         for s, slot in zip(slices, held, strict=True):
             slot.num_computed = s.start + len(s.token_ids)
         if self.mesh.world.rank != 0:
@@ -223,11 +221,11 @@ class ModelRunner:
         step: PrefillStep,
         streams: Tensor,
         sampling: Sequence[int],
-        pick: PickPlan,
     ) -> dict[int, Draw]:
-        """Draw the first token of every prompt that ends here (``pick``: its last row), and its drafts."""
+        """Draw the first token of every prompt that ends here, and its drafts."""
         if not sampling:
             return {}
+        pick = self.prefill_builder.pick(step, [(i, step.chunks[i].end - 1) for i in sampling])
         last = share_rows(self.mesh.cp, streams[pick.local], pick)
         logits = self.model.logits(self.model.head_rows(last))
         jobs = [held[i].draw_job(step.chunks[i].end, []) for i in sampling]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -42,12 +43,19 @@ from worker.protocol import PrefillSlice
 from worker.slots import SlotTable
 
 Indices = np.ndarray
+Chunks = tuple[Chunk, ...]
+Parts = tuple[tuple[Segment, ...], ...]  # segments by cp rank
+Tails = tuple[tuple[int, ...], ...]  # positions by request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MTPFill:
-    """Local rows whose MTP window latent is kept, and how they travel."""
+    """Local rows whose MTP window latent is kept, and how they travel.
 
+    ``next_ids`` [T] is the token after each local row (0 where unknown).
+    """
+
+    next_ids: Tensor
     local: Tensor
     positions: Tensor
     plan: WindowPlan
@@ -57,16 +65,14 @@ class MTPFill:
 class PrefillStep:
     """A batch and what the runner needs around it.
 
-    ``packed`` is the buffer in which the batch's tensors lie. ``next_ids`` [T] is the token after each
-    local row (0 where unknown); ``fill`` is None without MTP. ``key`` is the same on every rank; steps of
-    one key have batches of one layout.
+    ``packed`` is the buffer in which the batch's tensors lie. ``fill`` is None without MTP. ``key`` is the
+    same on every rank; steps of one key have batches of one layout.
     """
 
     batch: PrefillBatch
     packed: Tensor
     chunks: tuple[Chunk, ...]
     segments: tuple[tuple[Segment, ...], ...]
-    next_ids: Tensor
     fill: MTPFill | None
     key: StepKey
 
@@ -98,7 +104,7 @@ class PrefillBuilder:
     def build(self, slices: Sequence[PrefillSlice]) -> PrefillStep:
         """Cut the step's chunks and plan everything that moves."""
         chunks = tuple(Chunk(s.start, s.start + len(s.token_ids)) for s in slices)
-        segments = cut(chunks, self.coord.cp, self.parallel.cp_min_tokens)
+        segments = _cut(chunks, self.coord.cp, self.parallel.cp_min_tokens)
         request, position = local_tokens(segments[self.coord.cp_rank])
         ids, next_ids = self._local_ids(slices, request, position)
         indices = [s.slot for s in slices]
@@ -120,14 +126,14 @@ class PrefillBuilder:
             scratch=self._scratch(chunks, block_table),
         )
         batch, packed = pack(on_host, self.device)
-        fill = self._mtp_fill(slices, chunks, segments) if self.spec.with_mtp else None
-        (next_tokens, fill), _ = pack((_tensor(next_ids), fill), self.device)
+        fill = None
+        if self.spec.with_mtp:
+            fill, _ = pack(self._mtp_fill(slices, chunks, segments, next_ids), self.device)
         return PrefillStep(
             batch=batch,
             packed=packed,
             chunks=chunks,
             segments=segments,
-            next_ids=next_tokens,
             fill=fill,
             key=step_key(
                 chunks,
@@ -170,17 +176,10 @@ class PrefillBuilder:
     def _window(
         self,
         slices: Sequence[PrefillSlice],
-        chunks: Sequence[Chunk],
-        segments: Sequence[Sequence[Segment]],
+        chunks: Chunks,
+        segments: Parts,
     ) -> WindowPlan:
-        own, shared = window_wants(chunks, segments, self.window, _tails(slices))
-        plan = plan_rows(
-            chunks,
-            segments,
-            rank_wants=own,
-            shared_wants=shared,
-            publish_all=self.publish_all,
-        )
+        plan = _window_rows(chunks, segments, _tails(slices), self.window, self.publish_all)
         mine = segments[self.coord.cp_rank]
         return self._window_plan(
             plan, slices, chunks, mine, count=num_tokens(mine), keep=self.window - 1
@@ -190,7 +189,7 @@ class PrefillBuilder:
         self,
         plan: RowPlan,
         slices: Sequence[PrefillSlice],
-        chunks: Sequence[Chunk],
+        chunks: Chunks,
         segments: Sequence[Segment],
         *,
         count: int,
@@ -243,24 +242,15 @@ class PrefillBuilder:
         ratio: int,
         own_positions: Indices,
         slices: Sequence[PrefillSlice],
-        chunks: Sequence[Chunk],
-        segments: Sequence[Sequence[Segment]],
+        chunks: Chunks,
+        segments: Parts,
         block_table: Indices,
         main_table: Indices,
     ) -> GroupPlan:
         rank, overlap = self.coord.cp_rank, ratio == CSA_RATIO
         back = int(overlap)
         everyone = self.publish_all or self.coord.cp == 1
-        own, shared = group_wants(
-            chunks, segments, ratio, overlap, _tails(slices), everyone=everyone
-        )
-        plan = plan_rows(
-            chunks,
-            segments,
-            rank_wants=own,
-            shared_wants=shared,
-            publish_all=self.publish_all,
-        )
+        plan = _group_rows(chunks, segments, _tails(slices), ratio, everyone, self.publish_all)
         entries = entry_plan(chunks, segments, ratio, everyone=everyone)
         row_index = [np.zeros((0, ratio * (1 + back)), dtype=np.int64)]
         for index, w0, w1 in entries.ranges[rank]:
@@ -343,8 +333,9 @@ class PrefillBuilder:
     def _mtp_fill(
         self,
         slices: Sequence[PrefillSlice],
-        chunks: Sequence[Chunk],
-        segments: Sequence[Sequence[Segment]],
+        chunks: Chunks,
+        segments: Parts,
+        next_ids: Indices,
     ) -> MTPFill:
         # The first draft runs the chunk's last row through the block, once its next token is known: that
         # row sees window - 1 rows before itself, so the ring keeps one row more than in other layers.
@@ -362,6 +353,7 @@ class PrefillBuilder:
         ranges = [RowRange(s.request, s.start, s.end) for s in kept[rank]]
         _, position = local_tokens(kept[rank])
         return MTPFill(
+            next_ids=_tensor(next_ids),
             local=_tensor(local_index(segments[rank], ranges)),
             positions=_tensor(position),
             plan=self._window_plan(plan, slices, chunks, (), count=len(position), keep=self.window),
@@ -377,8 +369,29 @@ def _join(parts: list[Indices]) -> Tensor:
     return _tensor(np.concatenate([np.zeros(0, dtype=np.int64), *parts]).astype(np.int64))
 
 
-def _tails(slices: Sequence[PrefillSlice]) -> list[list[int]]:
-    return [[save.position for save in s.save_tails] for s in slices]
+def _tails(slices: Sequence[PrefillSlice]) -> Tails:
+    return tuple(tuple(save.position for save in s.save_tails) for s in slices)
+
+
+# The same chunks come back: the first ones of long prompts, above all.
+_cut = functools.lru_cache(maxsize=16)(cut)
+
+
+@functools.lru_cache(maxsize=16)
+def _window_rows(
+    chunks: Chunks, segments: Parts, tails: Tails, window: int, publish_all: bool
+) -> RowPlan:
+    own, shared = window_wants(chunks, segments, window, tails)
+    return plan_rows(chunks, segments, rank_wants=own, shared_wants=shared, publish_all=publish_all)
+
+
+@functools.lru_cache(maxsize=16)
+def _group_rows(
+    chunks: Chunks, segments: Parts, tails: Tails, ratio: int, everyone: bool, publish_all: bool
+) -> RowPlan:
+    overlap = ratio == CSA_RATIO
+    own, shared = group_wants(chunks, segments, ratio, overlap, tails, everyone=everyone)
+    return plan_rows(chunks, segments, rank_wants=own, shared_wants=shared, publish_all=publish_all)
 
 
 def _carried(

@@ -14,7 +14,7 @@ from model.parallel.mesh import ParallelMesh, build_mesh
 from tests.helpers.ranks import run_ranks
 
 EXPERTS, TOPK, DIM = 8, 3, 16
-ROUTE_BYTES = 2 * 16  # 3 weights and 3 ids, each padded to 16 bytes
+ROUTE_BYTES = 16 + 32  # 3 weights and 3 ids, each padded to whole 16 bytes
 MESHES = {1: [(1, 1)], 2: [(2, 1), (1, 2)], 4: [(2, 2), (4, 1), (1, 4)]}
 
 # Tokens of each cp rank: even, uneven, empty ranks, fewer than the tp ranks that share them.
