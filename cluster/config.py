@@ -82,7 +82,7 @@ class ClusterConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
     cuda_graphs: bool = True
-    prefill_graphs: bool = False
+    prefill_graphs: bool = True
     cluster: ClusterSection = field(default_factory=ClusterSection)
 
     def worker(self, *, load_mtp: bool = False) -> WorkerConfig:

@@ -61,6 +61,6 @@ class WorkerConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
     cuda_graphs: bool = True  # decode steps as CUDA graphs, where device and model allow
-    prefill_graphs: bool = False  # prefill steps whose shape comes back as CUDA graphs, likewise
+    prefill_graphs: bool = True  # prefill steps whose shape comes back as CUDA graphs, likewise
     load_mtp: bool = False  # load the MTP block even with speculative.mtp 0 (score --mtp)
     step_deadline_s: float = 60.0

@@ -196,14 +196,18 @@ class Worker:
         if gaps:
             _LOG.warning("no GPU implementation, the torch twin runs: %s", ", ".join(gaps))
         if self.device.type == "cuda":
-            for phase, wanted, obstacle in (
-                ("decode", self.config.cuda_graphs, self.graph_obstacle()),
-                ("prefill", self.config.prefill_graphs, self.prefill_obstacle()),
-            ):
-                if speaks and wanted and obstacle:
-                    _LOG.warning("%s steps run without CUDA graphs: %s", phase, obstacle)
+            if speaks:
+                self._name_launched_steps()
             self._rehearse()
         self._need_mesh().world.barrier()
+
+    def _name_launched_steps(self) -> None:
+        """Say which steps run without CUDA graphs although they are wanted, and why."""
+        decode, prefill = self.graph_obstacle(), self.prefill_obstacle()
+        if self.config.cuda_graphs and decode:
+            _LOG.warning("decode steps run without CUDA graphs: %s", decode)
+        if self.config.prefill_graphs and prefill and prefill != decode:
+            _LOG.warning("prefill steps run without CUDA graphs: %s", prefill)
 
     def _rehearse(self) -> None:
         info, slots, runner = self._info, self._slots, self._runner
