@@ -92,23 +92,19 @@ class Attention:
     def prefill(self, x: Activations, batch: PrefillBatch, cache: LayerCache) -> Tensor:
         """x: attn-normed local rows [T, D] -> [T, D]; stores window, state and entries on the way."""
         qr, kv = self._latents(x)
-        # Window rows and compressor rows travel together, beside the queries' product.
+        q = q_norm_rope(self._heads(qr, self.wq_b), batch.positions, self.inv_freq, self.eps)
+        # Window rows and compressor rows travel together.
         streams = [self._window_stream(kv, batch.positions, batch.window, cache)]
         rows = None
         if self.entries is not None:
             rows = self.entries.rows(x, batch)
             streams.append(self.entries.stream(rows, batch, cache))
-        arrived = exchange_streams(self.mesh.cp, tuple(streams))
-        q = q_norm_rope(self._heads(qr, self.wq_b), batch.positions, self.inv_freq, self.eps)
-        buffer, *more = arrived()
-        pooled, states = None, []
-        if self.entries is not None:
-            pooled = self.entries.pooled(more[0], batch)
-            states = self.entries.kept(more[0], batch, cache)
+        buffer, *more = exchange_streams(self.mesh.cp, tuple(streams))
+        states = self.entries.kept(more[0], batch, cache) if self.entries is not None else []
         window = self._keep_window(buffer, batch.window, cache, states)
         entries = None
-        if self.entries is not None and rows is not None and pooled is not None:
-            entries = self.entries.prefill(rows, pooled, qr, batch, cache)
+        if self.entries is not None and rows is not None:
+            entries = self.entries.prefill(rows, more[0], qr, batch, cache)
         o, _ = sparse_attention(
             q, window, entries, sink=self.attn_sink, scale=self.config.softmax_scale
         )
@@ -153,7 +149,7 @@ class Attention:
         """Only keep the window latents of these rows."""
         _, kv = self.wq_a_wkv.split(self.projector.product(x, self.wq_a_wkv.weight))
         stream = self._window_stream(kv, positions, plan, cache)
-        (buffer,) = exchange_streams(self.mesh.cp, (stream,))()
+        (buffer,) = exchange_streams(self.mesh.cp, (stream,))
         self._keep_window(buffer, plan, cache, [])
 
     def _latents(self, x: Activations) -> tuple[Activations, Tensor]:

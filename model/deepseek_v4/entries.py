@@ -20,7 +20,7 @@ from model.deepseek_v4.compressor import Compressor
 from model.deepseek_v4.config import CSA_RATIO
 from model.deepseek_v4.indexer import Indexer
 from model.deepseek_v4.projection import Activations, Projector
-from model.parallel.context import Arriving, gather_entries, gather_pages, row_stream
+from model.parallel.context import gather_entries, gather_pages, row_stream
 
 if TYPE_CHECKING:
     from kernels import Numerics, RowStream
@@ -119,47 +119,36 @@ class CompressedEntries:
             )
         ]
 
-    def pooled(self, buffer: Tensor, batch: PrefillBatch) -> Arriving:
-        """Pool this rank's share of the step's entries and start collecting everybody's.
-
-        Args:
-            buffer: the rows' buffer ``[local | gathered | carried]``.
-        """
-        plan = batch.groups[self.ratio]
-        pooled = [self._pool_main(buffer, plan.row_index, plan.positions)]
-        if self.indexer is not None:
-            pooled.append(self._pool_index(self.indexer, buffer, plan.row_index, plan.positions))
-        return gather_entries(self.mesh.cp, tuple(pooled), plan.counts)
-
     def prefill(
         self,
         rows: EntryRows,
-        pooled: Arriving,
+        buffer: Tensor,
         qr: Activations,
         batch: PrefillBatch,
         cache: LayerCache,
     ) -> EntryPages:
-        """Store the step's entries; returns what the local queries attend to.
+        """Pool and store the step's entries; returns what the local queries attend to.
 
         The rows' state is stored elsewhere (``kept``).
 
         Args:
-            pooled: the entries, on their way.
+            buffer: the rows' buffer ``[local | gathered | carried]``.
             qr: normed query latents of local rows.
         """
         plan, cp = batch.groups[self.ratio], self.mesh.cp
-        query = None
-        if self.indexer is not None:  # beside the entries' way
-            query = self.indexer.queries(qr, batch.positions)
-        main, *index = pooled()
+        pooled = [self._pool_main(buffer, plan.row_index, plan.positions)]
+        if self.indexer is not None:
+            pooled.append(self._pool_index(self.indexer, buffer, plan.row_index, plan.positions))
+        main, *index = gather_entries(cp, tuple(pooled), plan.counts)
         store_entries(cache.main, cache.main_layout, plan.main_slots, main)
         chosen = None
         num_entries = batch.num_entries[self.ratio]
-        if self.indexer is not None and query is not None:
+        if self.indexer is not None:
             store_entries(cache.index, cache.index_layout, plan.index_slots, index[0])
             chosen = self.indexer.select_prefill(
-                query,
+                qr,
                 rows.head_weights,
+                batch.positions,
                 cache.index,
                 cache.index_layout,
                 batch.block_table,

@@ -65,20 +65,11 @@ class Indexer:
         q = self.projector.product(qr, self.wq_b)
         return q.view(q.shape[0], self.heads, self.head_dim)
 
-    def queries(self, qr: Activations, positions: Tensor) -> Tensor:
-        """Finished query heads of this tp rank's share of a prefill step's rows."""
-        rows = slice(*self._shares(positions.shape[0])[self.mesh.tp.rank])
-        return index_query(
-            self.heads_of(qr.slice(rows.start, rows.stop)),
-            positions[rows],
-            self.inv_freq,
-            quantize=self.projector.quantize,
-        )
-
     def select_prefill(
         self,
-        query: Tensor,
+        qr: Activations,
         head_weights: Tensor,
+        positions: Tensor,
         pool: Tensor,
         layout: PageLayout,
         block_table: Tensor,
@@ -88,13 +79,22 @@ class Indexer:
         """Top-k entries of each row, int32 [T, k]; the tp ranks of a cp rank each do a share of rows.
 
         Args:
-            query: of ``queries``.
+            qr: normed query latents [T, q_lora_rank].
             head_weights: of the stacked product, wide [T, h].
-            row_seq, num_entries: int64 [T].
+            positions, row_seq, num_entries: int64 [T].
             pool, layout, block_table: the layer's index pages.
         """
-        tp, bounds = self.mesh.tp, self._shares(row_seq.shape[0])
+        tp = self.mesh.tp
+        total = positions.shape[0]
+        share = -(-total // tp.size)
+        bounds = [(min(r * share, total), min((r + 1) * share, total)) for r in range(tp.size)]
         lo, hi = bounds[tp.rank]
+        query = index_query(
+            self.heads_of(qr.slice(lo, hi)),
+            positions[lo:hi],
+            self.inv_freq,
+            quantize=self.projector.quantize,
+        )
         chosen = index_topk(
             query,
             head_weights[lo:hi],
@@ -107,13 +107,6 @@ class Indexer:
             head_scale=self.weight_scale,
         )
         return tp.all_gather_v(chosen, [b - a for a, b in bounds])
-
-    def _shares(self, total: int) -> list[tuple[int, int]]:
-        """Rows (start, stop) of each tp rank."""
-        share = -(-total // self.mesh.tp.size)
-        return [
-            (min(r * share, total), min((r + 1) * share, total)) for r in range(self.mesh.tp.size)
-        ]
 
     def select_decode(
         self,

@@ -7,7 +7,7 @@ A group of one rank is the identity and never calls torch.distributed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +21,6 @@ from model.parallel.peer_memory import PeerReducer
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-Gathering = Callable[[], Tensor]
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
@@ -81,54 +80,25 @@ class Group:
         Raises:
             ValueError: ``counts`` has another length than the group, or x another row count.
         """
-        return self._all_gather(x, counts, beside=False)()
-
-    def begin_all_gather(self, x: Tensor, counts: Sequence[int] | None = None) -> Gathering:
-        """Start ``all_gather_v`` of all that the caller has queued so far.
-
-        Args:
-            counts: None: as many rows on every rank.
-
-        Returns:
-            The join, to be called exactly once, before the group's next collective: the caller's stream
-            waits for the rows, and they are returned. What is queued in between runs beside the transfer
-            and must not write ``x``.
-
-        Raises:
-            ValueError: as ``all_gather_v``.
-        """
-        return self._all_gather(
-            x, [x.shape[0]] * self.size if counts is None else counts, beside=True
-        )
-
-    def _all_gather(self, x: Tensor, counts: Sequence[int], *, beside: bool) -> Gathering:
         self._check_counts("counts", counts)
         if x.shape[0] != counts[self.rank]:
             raise ValueError(f"x has {x.shape[0]} rows, counts[{self.rank}] is {counts[self.rank]}")
         if self.size == 1:
-            return lambda: x
+            return x
         width, row_shape, longest = _row_bytes(x), x.shape[1:], max(counts)
         if longest * width == 0:
-            return lambda: x.new_empty(sum(counts), *row_shape)
+            return x.new_empty(sum(counts), *row_shape)
         sent = _as_bytes(x)
         if x.shape[0] < longest:
             sent = torch.cat([sent, sent.new_zeros((longest - x.shape[0]) * width)])
         out = sent.new_empty(self.size * longest * width)
-        work = _all_gather_single(out, sent, group=self.process_group, async_op=beside)
+        _all_gather_single(out, sent, group=self.process_group)
         moved = (self.size - 1) * longest * width
         self.stats.add(moved, moved)
-
-        def join() -> Tensor:
-            _ = sent  # named here so that it outlives the transfer
-            if work is not None:
-                work.wait()
-            rows = out
-            if sum(counts) != self.size * longest:
-                parts = zip(out.view(self.size, -1), counts, strict=True)
-                rows = torch.cat([part[: count * width] for part, count in parts])
-            return rows.view(x.dtype).view(sum(counts), *row_shape)
-
-        return join
+        if sum(counts) != self.size * longest:
+            parts = zip(out.view(self.size, -1), counts, strict=True)
+            out = torch.cat([part[: count * width] for part, count in parts])
+        return out.view(x.dtype).view(sum(counts), *row_shape)
 
     def all_reduce(self, x: Tensor, op: Literal["sum", "max"] = "sum") -> Tensor:
         """Reduce x over the group in place and return it; all ranks get the same bits."""

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from kernels import RowStream, pack_rows, unpack_rows
 from model.forward_batch import PickPlan, RowExchange, ScratchPlan
 from model.parallel.collectives import Group
-
-Arriving = Callable[[], tuple[Tensor, ...]]
 
 
 def row_stream(
@@ -29,33 +25,25 @@ def row_stream(
     )
 
 
-def exchange_streams(cp: Group, streams: tuple[RowStream, ...]) -> Arriving:
-    """Start handing rows of several streams to all ranks, through one all-gather.
+def exchange_streams(cp: Group, streams: tuple[RowStream, ...]) -> tuple[Tensor, ...]:
+    """Row buffers ``[local | gathered | carried]`` of several streams through one all-gather.
 
     Nothing is sent when no rank publishes a row.
-
-    Returns:
-        the join (``Group.begin_all_gather``), which gives the row buffers
-        ``[local | gathered | carried]``.
     """
-    arrived = cp.begin_all_gather(pack_rows(streams))
-    return lambda: unpack_rows(arrived(), streams)
+    return unpack_rows(cp.all_gather(pack_rows(streams)), streams)
 
 
 def gather_entries(
     cp: Group, entries: tuple[Tensor, ...], counts: tuple[int, ...] | None
-) -> Arriving:
-    """Start collecting all entries of the step, kind by kind, in canonical order.
+) -> tuple[Tensor, ...]:
+    """All entries of the step, kind by kind, in canonical order.
 
     Args:
         entries: this rank's entries of each kind [E, d].
         counts: entries of each rank; None when this rank pooled them all.
-
-    Returns:
-        as ``exchange_streams``.
     """
     if counts is None or cp.size == 1:
-        return lambda: entries
+        return entries
     streams = (RowStream(local=e, counts=counts, keep_local=False) for e in entries)
     return exchange_streams(cp, tuple(streams))
 

@@ -227,14 +227,12 @@ class ExpertParallel:
         edges = [[count * r // tp.size for r in range(tp.size + 1)] for count in counts]
         sizes = [b - a for part in edges for a, b in pairwise(part)]  # by world rank
         start, stop = edges[self.mesh.cp.rank][tp.rank : tp.rank + 2]
-        weights = widen(weights[start:stop])
-        wire = pack_routed(slice_rows(rows, start, stop), ids[start:stop], weights)
-        # The transfer first: it needs few processors, and would wait for a product that has them all.
-        arrived = world.begin_all_gather(wire, sizes)
         pending = None
         if (give := shared) is not None:
             pending = beside(ids.device, lambda: give(start, stop))
-        wire = arrived()
+        weights = widen(weights[start:stop])
+        wire = pack_routed(slice_rows(rows, start, stop), ids[start:stop], weights)
+        wire = world.all_gather_v(wire, sizes)
         partial = []
         for first in range(0, max(wire.shape[0], 1), _GATHERED_ROWS):
             piece = wire[first : first + _GATHERED_ROWS]

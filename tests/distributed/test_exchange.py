@@ -49,11 +49,13 @@ def exchange(rank: int, world: int) -> tuple[int, int]:
         one_by_one(cp, keys, None, counts[1], keys),
     )
     before = cp.stats.calls
-    streams = (
-        row_stream(latents, plans[0], ring[plans[0].carried], None),
-        row_stream(rows, plans[1], state, plans[1].carried),
-    )
-    got = exchange_streams(cp, streams)() + gather_entries(cp, (entries, keys), counts[1])()
+    got = exchange_streams(
+        cp,
+        (
+            row_stream(latents, plans[0], ring[plans[0].carried], None),
+            row_stream(rows, plans[1], state, plans[1].carried),
+        ),
+    ) + gather_entries(cp, (entries, keys), counts[1])
     for a, b in zip(got, want, strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
