@@ -30,10 +30,12 @@ BLOCK = 256
 LENGTHS = (517, 1024, 517, 1024, 130, 517, 1024, 130, 259, 517, 259, 7, 700, 7, 700, 130, 700, 517)
 
 
-def logits(shape: str, *, prefill_graphs: bool, mtp: int) -> tuple[list[bytes], list[int]]:
+def logits(
+    shape: str, *, prefill_graphs: bool, mtp: int, keep_fp4: bool
+) -> tuple[list[bytes], list[int]]:
     """Every row's logits of prompts, each followed by a decode step; and the sampled tokens."""
     config = WorkerConfig(
-        model=ModelSource(shape=shape, load_format="random", max_model_len=2048),
+        model=ModelSource(shape=shape, load_format="random", max_model_len=2048, keep_fp4=keep_fp4),
         device="cuda",
         kv_cache=KVCacheConfig(num_blocks=32, block_size=BLOCK),
         scheduler=SchedulerConfig(max_num_seqs=4, max_batched_tokens=1024, prefix_cache=False),
@@ -83,10 +85,10 @@ def logits(shape: str, *, prefill_graphs: bool, mtp: int) -> tuple[list[bytes], 
     return found, tokens
 
 
-@pytest.mark.parametrize("mtp", [0, 2])
-def test_prefill_graphs_change_no_bit(tmp_path: Path, mtp: int) -> None:
+@pytest.mark.parametrize(("mtp", "keep_fp4"), [(0, False), (2, False), (0, True)])
+def test_prefill_graphs_change_no_bit(tmp_path: Path, mtp: int, keep_fp4: bool) -> None:
     shape = small_flash(tmp_path, (0, 4, 128, 4))
-    replayed = logits(shape, prefill_graphs=True, mtp=mtp)
-    launched = logits(shape, prefill_graphs=False, mtp=mtp)
+    replayed = logits(shape, prefill_graphs=True, mtp=mtp, keep_fp4=keep_fp4)
+    launched = logits(shape, prefill_graphs=False, mtp=mtp, keep_fp4=keep_fp4)
     assert replayed == launched
     assert all(np.isfinite(np.frombuffer(part, np.float32)).all() for part in replayed[0])
