@@ -40,6 +40,7 @@ __global__ void __launch_bounds__(32 * kMergeWarps, kKeys == kChunk ? 4 : 2)
   };
   cudaGridDependencySynchronize();  // also where there is nothing to do: a later kernel waits for this one only
   load(0);
+  float sink = sink_of(a, head);
   int chunks = count_chunks<kKeys>(a, facts.limit(a));
   if (chunks <= 1) return;  // finished by its only block
   float top = kNegInf, total = 0.0f, sum[8] = {};
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(32 * kMergeWarps, kKeys == kChunk ? 4 : 2)
     }
   }
   bool exists = head < a.heads;
-  float factor = exists ? finish(a, row, head, top, total, t == 0 && piece == 0) : 0.0f;
+  float factor = exists ? finish(a, row, head, top, total, sink, t == 0 && piece == 0) : 0.0f;
   uint32_t w[4];
 #pragma unroll
   for (int u = 0; u < 4; ++u) w[u] = pack_bf16(sum[2 * u] * factor, sum[2 * u + 1] * factor);

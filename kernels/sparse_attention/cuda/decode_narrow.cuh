@@ -119,7 +119,7 @@ __device__ __forceinline__ void weigh_narrow(NarrowSmem& s, const DecodeArgs& a,
   for (int step = 1; step < 16; step *= 2) total += __shfl_xor_sync(~0u, total, step);
   if (l != 0 || head >= a.heads) return;
   if (it.chunks == 1) {
-    s.factor[head] = finish(a, it.row, head, top, total, true);
+    s.factor[head] = finish(a, it.row, head, top, total, sink_of(a, head), true);
   } else {
     a.stats[((int64_t)it.row * a.chunks + it.chunk) * a.tile_heads + head] = make_float2(top, total);
   }

@@ -208,11 +208,17 @@ __device__ __forceinline__ void store_partial(const float (&d)[kValues], int i, 
   }
 }
 
+// Logit of a head's sink; to be read before it is needed.
+__device__ __forceinline__ float sink_of(const DecodeArgs& a, int head) {
+  float sink = kNegInf;
+  if (a.sink != nullptr && head < a.heads) asm volatile("ld.global.f32 %0, [%1];" : "=f"(sink) : "l"(a.sink + head));
+  return sink;
+}
 // Factor of the sum of one head. `top` is in base 2.
-__device__ __forceinline__ float finish(const DecodeArgs& a, int64_t row, int head, float top, float total,
+__device__ __forceinline__ float finish(const DecodeArgs& a, int64_t row, int head, float top, float total, float sink,
                                         bool write_lse) {
   bool empty = top == kNegInf;
-  float extra = a.sink && !empty ? exp2_fast(a.sink[head] * kLog2e - top) : 0.0f;
+  float extra = empty ? 0.0f : exp2_fast(sink * kLog2e - top);
   if (write_lse) a.lse[row * a.heads + head] = empty ? kNegInf : (top + log2f(total)) * kLn2;
   return empty ? 0.0f : 1.0f / (total + extra);
 }

@@ -69,7 +69,7 @@ enum Barrier : int {
   kReady = kScored + 1,         // + part: its probabilities are there
   kSums = kListed,              // of both parts' probabilities
   kFactors = kReady + kParts,   // of the result
-  kTurn = kFactors + 1,         // + warpgroup: its last products are under way
+  kTurn = kFactors + 1,         // + warpgroup: its products with a part's values are under way
 };
 static_assert(kTurn + kTiles - 3 < 16);
 
@@ -161,14 +161,14 @@ __device__ __forceinline__ void weigh(DecodeSmem& s, const DecodeArgs& a, float 
 }
 
 // A head's maximum and sum: factor of its result, left where the first part's sum was.
-__device__ __forceinline__ void finish_line(DecodeSmem& s, const DecodeArgs& a, const Item& it, int line) {
+__device__ __forceinline__ void finish_line(DecodeSmem& s, const DecodeArgs& a, const Item& it, int line, float sink) {
   int head = it.tile * kHeadTile + line;
   float base = s.lines[1].base[line], before = s.lines[0].base[line], total = s.lines[0].total[line];
   if (base != before) total *= exp2_fast(before - base);
   total += s.lines[1].total[line];
   if (head >= a.heads) return;
   if (it.chunks == 1) {
-    s.lines[0].total[line] = finish(a, it.row, head, base, total, true);
+    s.lines[0].total[line] = finish(a, it.row, head, base, total, sink, true);
   } else {
     a.stats[(((int64_t)it.row * a.tiles + it.tile) * a.chunks + it.chunk) * a.tile_heads + line] =
         make_float2(base, total);
@@ -250,10 +250,12 @@ __global__ void __launch_bounds__(kThreads, 1)
       named_barrier(kDecoded + 1, 256);
       score<1, 8>(s, z);
       named_barrier_arrive(kScored, 256);
+      int line = threadIdx.x % 128;
+      float sink = it.chunks == 1 && line < kHeadTile ? sink_of(a, it.tile * kHeadTile + line) : kNegInf;
       weigh<1, 8>(s, a, z);
       named_barrier_arrive(kReady + 1, kThreads);
       named_barrier(kSums, 256);
-      if (threadIdx.x % 128 < kHeadTile) finish_line(s, a, it, threadIdx.x % 128);
+      if (line < kHeadTile) finish_line(s, a, it, line, sink);
       if (it.chunks == 1) named_barrier_arrive(kFactors, kThreads);
       find_next<kChunk, 128, kPlain>(s.next, s.table.places, a, walk, it.number + gridDim.x);
       __syncthreads();
@@ -284,7 +286,10 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
         wgmma_commit();
       };
+      // One after the other, so that the first one is ready for the second part when that is there.
+      if (group > 0) named_barrier(kTurn + group - 1, 256);
       multiply(s.first_p, 0, 6);
+      if (group < kTiles - 2) named_barrier_arrive(kTurn + group, 256);
       named_barrier(kReady + 1, kThreads);
       wgmma_wait<0>();
       fence_regs(sum);
@@ -298,7 +303,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int i = 0; i < 64; ++i) sum[i] *= factor[i / 2 & 1];
       }
-      // One after the other: results are stored while others are made.
+      // Likewise: results are stored while others are made.
       if (group > 0) named_barrier(kTurn + group - 1, 256);
       multiply(s.second_p, 6, 4);
       if (group < kTiles - 2) named_barrier_arrive(kTurn + group, 256);
