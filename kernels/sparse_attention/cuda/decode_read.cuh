@@ -42,11 +42,6 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t x) {
   asm("prmt.b32 %0, %1, 0, %2;" : "=r"(r) : "r"(x), "n"(kSelector));
   return r;
 }
-__device__ __forceinline__ uint32_t permute_bytes(uint32_t x, uint32_t selector) {
-  uint32_t r;
-  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(r) : "r"(x), "r"(selector));
-  return r;
-}
 
 __device__ __forceinline__ const Pages& pages_of(const DecodeArgs& a, int at) {
   return at < a.window ? a.ring : a.entries.pages;
