@@ -29,6 +29,7 @@ _DECODE = tuple(
         "decode_narrow.cuh",
         "decode_plan.cuh",
         "decode_read.cuh",
+        "decode_wide.cuh",
         "pages.cuh",
         "products.cuh",
         "query_map.h",
@@ -150,7 +151,7 @@ def _decode(
         capacity = entries.block_table.shape[1] * entries.layout.entries_per_page
         keys += capacity if entries.index is None else entries.index.shape[1]
     chunks = max(1, -(-keys // (_CHUNK if heads > _FEW_HEADS else _NARROW_CHUNK)))
-    tiles, tile_heads = -(-heads // _HEAD_TILE), min(heads, _HEAD_TILE)
+    tiles, tile_heads = -(-heads // _HEAD_TILE), -(-min(heads, _HEAD_TILE) // 8) * 8
     step, partial, stats = rows, None, None
     if chunks > 1:
         row_bytes = tiles * chunks * tile_heads * dim * 2

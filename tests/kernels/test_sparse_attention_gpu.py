@@ -117,6 +117,18 @@ def test_decode_around_the_length_of_a_chunk(keys: int, heads: int) -> None:
     check(queries(3, heads), random_ring(3, window, CacheDtype.FP8), entries, None)
 
 
+@pytest.mark.parametrize("factor", [0, 20, 100])
+@pytest.mark.parametrize("heads", [16, 64])
+def test_decode_where_scores_of_a_chunk_lie_far_apart(heads: int, factor: int) -> None:
+    ring = random_ring(8, 128, CacheDtype.FP8, full=True)
+    ring.slots[1, :96] = -1
+    ring.slots[2, 96:] = -1
+    entries = random_entries(8, seqs=8, blocks=3, per_page=64, topk=100, full=True)
+    q = queries(8, heads) * factor
+    check(q, ring, entries, None)
+    check(q, ring, None, torch.randn(heads, device="cuda"))
+
+
 @pytest.mark.parametrize("heads", [16, 64])
 def test_decode_of_entries_whose_scales_are_beyond_the_factors_of_one_product(heads: int) -> None:
     entries = random_entries(9, seqs=3, blocks=7, per_page=16, topk=64)

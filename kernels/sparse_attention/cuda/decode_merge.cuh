@@ -5,66 +5,76 @@
 
 namespace causeway {
 
-// Eight columns of a head, of the chunks seen so far. Chunks come in ascending order.
-struct ColumnSum {
-  float top, total = 0.0f, sum[8] = {};  // top: of all chunks
+constexpr int kMergeWarps = 8;  // of a block: one piece of 32 columns each, of the same 8 heads
+constexpr int kMergeParts = kPieces / kMergeWarps;
 
-  __device__ __forceinline__ void add(float2 stats, uint4 v) {
-    float weight = stats.x == kNegInf ? 0.0f : exp2_fast(stats.x - top);
-    total = fmaf(weight, stats.y, total);
-    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      sum[2 * i] = fmaf(weight, __uint_as_float(words[i] << 16), sum[2 * i]);
-      sum[2 * i + 1] = fmaf(weight, __uint_as_float(words[i] & 0xffff0000u), sum[2 * i + 1]);
-    }
-  }
-  __device__ __forceinline__ void store(const DecodeArgs& a, int64_t row, int head, int column) const {
-    float factor = finish(a, row, head, top, total, column == 0);
-    uint4 packed = make_uint4(pack_bf16(sum[0] * factor, sum[1] * factor), pack_bf16(sum[2] * factor, sum[3] * factor),
-                              pack_bf16(sum[4] * factor, sum[5] * factor), pack_bf16(sum[6] * factor, sum[7] * factor));
-    reinterpret_cast<uint4*>(a.o + (row * a.heads + head) * kDim)[column] = packed;
-  }
-};
-
-constexpr int kMergeHeads = 4;  // of a block, where there are enough for all multiprocessors
-
-// Merges the chunks of a row, 64 threads per head, 8 columns each, chunks in order. Launched early: what
-// the decode kernel waited for is there, its own results are waited for here.
+// Merges the chunks of a row, in order. Launched early: what the decode kernel waited for is there, its own results
+// are waited for here. Reads wait neither for the weights nor for what the tables say: chunks that do not exist are
+// read, and not used.
 template <int kKeys>
-__global__ void __launch_bounds__(64 * kMergeHeads) merge_chunks_kernel(const __grid_constant__ DecodeArgs a) {
+__global__ void __launch_bounds__(32 * kMergeWarps, kKeys == kChunk ? 4 : 2)
+    merge_chunks_kernel(const __grid_constant__ DecodeArgs a) {
   cudaTriggerProgrammaticLaunchCompletion();
-  constexpr int kBatch = 8;  // chunks whose loads are under way at once
-  extern __shared__ float2 shared_stats[];  // maximum and sum of each chunk, for each head
-  int first = blockIdx.x * blockDim.y, row = first / a.heads, head = first % a.heads + threadIdx.y;
-  int column = threadIdx.x;
-  int chunks = count_chunks<kKeys>(a, RowFacts(a, row).limit(a));
-  int64_t slot = ((int64_t)row * a.tiles + head / kHeadTile) * a.chunks * a.tile_heads + head % kHeadTile;
-  const uint4* partial = reinterpret_cast<const uint4*>(a.partial + slot * kDim) + column;
+  constexpr int kBatch = kKeys == kChunk ? 4 : 8;  // chunks whose loads are under way at once
+  int lane = threadIdx.x & 31, t = lane & 3, blocks = a.tile_heads / 8;
+  int row = a.tiles == 1 ? blockIdx.x : blockIdx.x / (unsigned)a.tiles, tile = blockIdx.x - row * a.tiles;
+  int block = blockIdx.y, piece = blockIdx.z * kMergeWarps + threadIdx.x / 32;
+  int line = 8 * block + (lane >> 2), head = tile * kHeadTile + line;
+  RowFacts facts(a, row);
+  int64_t slot = (int64_t)blockIdx.x * a.chunks;
+  const uint4* partial = a.partial + (slot * blocks + block) * kLineBlock + piece * 32 + lane;
+  int step = blocks * kLineBlock;  // between chunks
+  const float2* stats = a.stats + slot * a.tile_heads + line;
   uint4 v[kBatch];
+  float2 own[kBatch / 4];  // maximum and sum of chunks t, t + 4..
   auto load = [&](int first) {
 #pragma unroll
+    for (int i = 0; i < kBatch / 4; ++i) {
+      int c = first + 4 * i + t;
+      if (c < a.chunks) own[i] = __ldcg(stats + (int64_t)c * a.tile_heads);
+    }
+#pragma unroll
     for (int c = 0; c < kBatch; ++c) {
-      if (first + c < chunks) v[c] = __ldcg(partial + (int64_t)(first + c) * a.tile_heads * (kDim / 8));
+      if (first + c < a.chunks) v[c] = __ldcg(partial + c * step);
     }
   };
   cudaGridDependencySynchronize();  // also where there is nothing to do: a later kernel waits for this one only
-  float2* stats = shared_stats + threadIdx.y * chunks;
-  if (chunks <= 1) return;  // finished by its only block
   load(0);
-  for (int c = threadIdx.x; c < chunks; c += 64) stats[c] = __ldcg(a.stats + slot + (int64_t)c * a.tile_heads);
-  __syncthreads();
-  ColumnSum columns = {kNegInf};
-  for (int c = 0; c < chunks; ++c) columns.top = fmaxf(columns.top, stats[c].x);
+  float sink = sink_of(a, head);
+  int chunks = count_chunks<kKeys>(a, facts.limit(a));
+  if (chunks <= 1) return;  // finished by its only block
+  float top = kNegInf, total = 0.0f, sum[8] = {};
+#pragma unroll 4
+  for (int c = kBatch + t; c < chunks; c += 4) top = fmaxf(top, __ldcg(&stats[(int64_t)c * a.tile_heads].x));
+#pragma unroll
+  for (int i = 0; i < kBatch / 4; ++i) top = fmaxf(top, 4 * i + t < chunks ? own[i].x : kNegInf);
+  top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+  top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
   for (int first = 0; first < chunks; first += kBatch) {
-    if (first > 0) load(first);
+    if (first > 0) partial += kBatch * step, load(first);
+    float weights[kBatch / 4];
+#pragma unroll
+    for (int i = 0; i < kBatch / 4; ++i) weights[i] = own[i].x == kNegInf ? 0.0f : exp2_fast(own[i].x - top);
 #pragma unroll
     for (int c = 0; c < kBatch; ++c) {
       if (first + c >= chunks) break;
-      columns.add(stats[first + c], v[c]);
+      float weight = __shfl_sync(~0u, weights[c / 4], (lane & ~3) | (c & 3));
+      total = fmaf(weight, __shfl_sync(~0u, own[c / 4].y, (lane & ~3) | (c & 3)), total);
+      const uint32_t words[4] = {v[c].x, v[c].y, v[c].z, v[c].w};
+#pragma unroll
+      for (int u = 0; u < 4; ++u) {
+        sum[2 * u] = fmaf(weight, __uint_as_float(words[u] << 16), sum[2 * u]);
+        sum[2 * u + 1] = fmaf(weight, __uint_as_float(words[u] & 0xffff0000u), sum[2 * u + 1]);
+      }
     }
   }
-  columns.store(a, row, head, column);
+  bool exists = head < a.heads;
+  float factor = exists ? finish(a, row, head, top, total, sink, t == 0 && piece == 0) : 0.0f;
+  uint32_t w[4];
+#pragma unroll
+  for (int u = 0; u < 4; ++u) w[u] = pack_bf16(sum[2 * u] * factor, sum[2 * u + 1] * factor);
+  uint4 packed = quad_transpose(w[0], w[1], w[2], w[3]);
+  if (exists) reinterpret_cast<uint4*>(a.o + ((int64_t)row * a.heads + head) * kDim + 32 * piece)[t] = packed;
 }
 
 }  // namespace causeway

@@ -118,9 +118,8 @@ __device__ __forceinline__ void weigh_narrow(NarrowSmem& s, const DecodeArgs& a,
 #pragma unroll
   for (int step = 1; step < 16; step *= 2) total += __shfl_xor_sync(~0u, total, step);
   if (l != 0 || head >= a.heads) return;
-  s.factor[head] = 1.0f;
   if (it.chunks == 1) {
-    s.factor[head] = finish(a, it.row, head, top, total, true);
+    s.factor[head] = finish(a, it.row, head, top, total, sink_of(a, head), true);
   } else {
     a.stats[((int64_t)it.row * a.chunks + it.chunk) * a.tile_heads + head] = make_float2(top, total);
   }
@@ -157,24 +156,22 @@ __global__ void __launch_bounds__(kNarrowThreads, 2) decode_narrow_kernel(const 
   int listed = lists && own_key < kNarrowKeys ? own_key : -1;
   if (threadIdx.x == 0) {
     mbar_init(smem_address(&s.queries), 1);
-    for (uint64_t& bar : s.table.landed) mbar_init(smem_address(&bar), 2);
+    for (uint64_t& bar : s.table.listed) mbar_init(smem_address(&bar), 1);
     mbar_fence_init();
   }
   Walk<kNarrowKeys> walk;
-  if (lists) walk.warm(a, blockIdx.x, listed);
+  Item it = walk.item(a, blockIdx.x);
+  if (lists) walk.warm(a, it, listed);
   __syncthreads();
   cudaGridDependencySynchronize();  // launched early: the inputs are there from here on
   cudaTriggerProgrammaticLaunchCompletion();
 
-  Item it = {};
   // Sends for an item's keys and queries. Shared memory is free.
   auto send = [&](Place place) {
     auto copy = [&] {
       named_barrier(2 + warp / 4, 32 * min(4, kNarrowWarps - warp / 4 * 4));
-      if constexpr (kPlain) {
-        if (lane == 0) mbar_arrive(smem_address(&s.table.landed[warp]));
-      } else {
-        send_group<kNarrowKeys>(s.table, s.entries, keys, warp);
+      if constexpr (!kPlain) {
+        send_group<kNarrowKeys>(s.entries, keys, warp);
       }
     };
     if (lists) {
@@ -186,7 +183,7 @@ __global__ void __launch_bounds__(kNarrowThreads, 2) decode_narrow_kernel(const 
   };
   int64_t key = -1;
   if (lists) {
-    if (!walk.find_existing(a, blockIdx.x, listed, it, key)) it.row = -1;
+    if (!walk.find_existing(a, it, listed, key)) it.row = -1;
     if (threadIdx.x == 0) s.next = it;
   }
   __syncthreads();
@@ -226,20 +223,19 @@ __global__ void __launch_bounds__(kNarrowThreads, 2) decode_narrow_kernel(const 
       named_barrier(1, 32 * kNarrowMultiply);
       weigh_narrow(s, a, it, warp);
       named_barrier(1, 32 * kNarrowMultiply);
-      float acc[32], factor[2];
+      float acc[32];
       multiply_narrow_values(s, acc, warp);
-      __nv_bfloat16* to[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        int head = (lane >> 2) + 8 * i;
-        int64_t slot = it.chunks == 1 ? (int64_t)it.row * a.heads + head
-                                      : ((int64_t)it.row * a.chunks + it.chunk) * a.tile_heads + head;
-        to[i] = head < a.heads ? (it.chunks == 1 ? a.o : a.partial) + slot * kDim + 64 * warp : nullptr;
-        factor[i] = head < a.heads ? s.factor[head] : 0.0f;
+      int line = lane >> 2;
+      if (it.chunks == 1) {
+        __nv_bfloat16* to = a.o + ((int64_t)it.row * a.heads + line) * kDim + 64 * warp;
+        store_output(acc, s.factor[line], 0, line < a.heads ? to : nullptr);
+        store_output(acc, s.factor[line + 8], 1, line + 8 < a.heads ? to + 8 * kDim : nullptr);
+      } else {
+        uint4* to = partial_of(a, it, 0, 2 * warp);
+        if (line < a.heads) store_partial(acc, 0, to);
+        if (line + 8 < a.heads) store_partial(acc, 1, to + kLineBlock);
       }
       go_on();
-      store_output(acc, factor[0], 0, to[0]);
-      store_output(acc, factor[1], 1, to[1]);
     }
     parity ^= 1;
   }

@@ -24,12 +24,14 @@ struct DecodeArgs {
   float scale;
   __nv_bfloat16* o;
   float* lse;
-  __nv_bfloat16* partial;  // [rows * tiles * chunks, tile_heads, 512]
+  uint4* partial;          // [rows * tiles * chunks, tile_heads / 8, kPieces, 32 lanes]: see partial_of
   float2* stats;           // [rows * tiles * chunks, tile_heads]: maximum (base 2) and sum of a chunk
-  int rows, heads, tiles, tile_heads;
+  int rows, heads, tiles;
+  int tile_heads;  // of a tile, in whole blocks of 8
   int chunks;    // of a row, at most
   int capacity;  // entries that a row's table has room for
-  int ragged;  // many chunks may not exist: items are counted, not computed
+  int ragged;    // many chunks may not exist: items are counted, not computed
+  int many;      // a block may have more than one item
 };
 
 // One chunk of a (row, 64 heads or fewer). Items are numbered row by row, tile by tile, chunk by chunk.
@@ -75,56 +77,59 @@ template <int kKeys>
 struct Walk {
   int row0 = 0, before = 0;  // rows that are behind, and their items
 
-  // While the kernel ahead still runs: brings what `find` will read of a block's first item nearer. Uses nothing of it.
-  static __device__ __forceinline__ void warm(const DecodeArgs& a, int number, int at) {
-    if (a.ragged || at < 0) return;
-    int items = a.chunks * a.tiles, row = number / items;
-    at += (number - row * items) % a.chunks * kKeys;
-    if (at < a.window) {
-      prefetch(a.slots + row * a.slots_row + at);
-    } else if (a.entries.index != nullptr && at - a.window < a.entries.index_count) {
-      prefetch(a.entries.index + row * a.entries.index_row + at - a.window);
-    }
-    if (a.entries.pages.pool == nullptr || at % kKeys != 0) return;  // one thread of a block is enough
-    prefetch(a.entries.row_seq + row);
-    prefetch(a.entries.num_entries + row);
+  // Item `number`, where all chunks exist. What the tables say of it is not known yet.
+  static __device__ __forceinline__ Item item(const DecodeArgs& a, int number) {
+    Item it = {};
+    it.number = number;
+    if (a.ragged) return it;
+    unsigned chunks = a.chunks, in_row = (unsigned)a.tiles * chunks;
+    it.row = (unsigned)number / in_row;
+    unsigned rest = (unsigned)number - it.row * in_row;
+    it.tile = rest / chunks;
+    it.chunk = rest - it.tile * chunks;
+    return it;
   }
 
-  // Item `number`, and what is listed for key `at` of its chunk (-1: no key).
-  __device__ __forceinline__ bool find(const DecodeArgs& a, int number, int at, Item& it, int64_t& key) {
-    int row, first;
-    if (!a.ragged) {
-      row = number / (a.chunks * a.tiles), first = row * a.tiles * a.chunks;
-      if (row >= a.rows) return false;
-    } else if (!search(a, number, row, first)) {
-      return false;
+  // While the kernel ahead still runs: brings what `find` will read of an item nearer. Uses nothing of it.
+  static __device__ __forceinline__ void warm(const DecodeArgs& a, const Item& it, int at) {
+    if (a.ragged || at < 0) return;
+    int in_row = it.chunk * kKeys + at;
+    if (in_row < a.window) {
+      prefetch(a.slots + it.row * a.slots_row + in_row);
+    } else if (a.entries.index != nullptr && in_row - a.window < a.entries.index_count) {
+      prefetch(a.entries.index + it.row * a.entries.index_row + in_row - a.window);
     }
-    it.row = row;
-    it.number = number;
-    RowFacts facts(a, row);  // under way together with the list
-    if (!a.ragged) list(a, number - first, a.chunks, at, it, key);
+    if (a.entries.pages.pool == nullptr || at != 0) return;  // one thread of a block is enough
+    prefetch(a.entries.row_seq + it.row);
+    prefetch(a.entries.num_entries + it.row);
+  }
+
+  // What the tables say of `it`, a result of `item`, and what is listed for key `at` of its chunk (-1: no key).
+  __device__ __forceinline__ bool find(const DecodeArgs& a, Item& it, int at, int64_t& key) {
+    int first = 0;
+    if (a.ragged ? !search(a, it.number, it.row, first) : it.row >= a.rows) return false;
+    RowFacts facts(a, it.row);  // under way together with the list
+    if (!a.ragged) key = at >= 0 ? listed_key(a, it.row, it.chunk * kKeys + at) : -1;
     it.limit = facts.limit(a);
     it.seq = (int)facts.seq;
     it.chunks = count_chunks<kKeys>(a, it.limit);
-    if (a.ragged) list(a, number - first, it.chunks, at, it, key);
+    if (a.ragged) {
+      it.tile = (it.number - first) / it.chunks;
+      it.chunk = it.number - first - it.tile * it.chunks;
+      key = at >= 0 ? listed_key(a, it.row, it.chunk * kKeys + at) : -1;
+    }
     return true;
   }
 
-  // Likewise of the first item from `number` on that exists.
-  __device__ __forceinline__ bool find_existing(const DecodeArgs& a, int number, int at, Item& it, int64_t& key) {
-    for (;; number += gridDim.x) {
-      if (!find(a, number, at, it, key)) return false;
+  // Likewise of the first item from `it` on that exists.
+  __device__ __forceinline__ bool find_existing(const DecodeArgs& a, Item& it, int at, int64_t& key) {
+    for (;; it = item(a, it.number + gridDim.x)) {
+      if (!find(a, it, at, key)) return false;
       if (it.chunk < it.chunks) return true;
     }
   }
 
  private:
-  static __device__ __forceinline__ void list(const DecodeArgs& a, int number, int chunks, int at, Item& it,
-                                              int64_t& key) {
-    it.tile = number / chunks;
-    it.chunk = number - it.tile * chunks;
-    key = at >= 0 ? listed_key(a, it.row, it.chunk * kKeys + at) : -1;
-  }
   __device__ bool search(const DecodeArgs& a, int number, int& row, int& at) {
     int lane = threadIdx.x & 31;
     for (; row0 < a.rows; row0 += 128) {
@@ -169,8 +174,9 @@ __device__ __forceinline__ Place locate_key(const DecodeArgs& a, const Item& it,
   Place place = {-1, 0};
   if (at < a.window) {
     if (key >= 0) {
-      place.page = (int)(key / a.ring.per_page);
-      place.offset = (int)(key - (int64_t)place.page * a.ring.per_page);
+      unsigned slot = (unsigned)key;  // no memory has room for more
+      place.page = (int)(slot / (unsigned)a.ring.per_page);
+      place.offset = (int)(slot - (unsigned)place.page * (unsigned)a.ring.per_page);
     }
   } else if (key >= 0 && key < it.limit) {
     int block = (unsigned)key / (unsigned)a.entries.pages.per_page;
@@ -180,11 +186,39 @@ __device__ __forceinline__ Place locate_key(const DecodeArgs& a, const Item& it,
   return place;
 }
 
+// Partial results lie as the products leave them: lane 4 g + t has, of head g of a block of 8 heads, columns 8 j + 2 t
+// and the next for j = 0..3 of a piece of 32 columns. A warp stores and reads pieces in whole lines; the merge kernel
+// puts columns in order, when there are fewer of them.
+constexpr int kPieces = kDim / 32;
+constexpr int kLineBlock = kPieces * 32;  // words of 8 heads
+
+__device__ __forceinline__ uint4* partial_of(const DecodeArgs& a, const Item& it, int block, int piece) {
+  int64_t slot = ((int64_t)it.row * a.tiles + it.tile) * a.chunks + it.chunk;
+  return a.partial + (slot * (a.tile_heads / 8) + block) * kLineBlock + piece * 32 + (threadIdx.x & 31);
+}
+// Rows g + 8 i of an accumulator of 64 rows: pieces that follow each other.
+template <int kValues>
+__device__ __forceinline__ void store_partial(const float (&d)[kValues], int i, uint4* to) {
+#pragma unroll
+  for (int j = 0; j < kValues / 4; j += 4) {
+    uint32_t w[4];
+#pragma unroll
+    for (int u = 0; u < 4; ++u) w[u] = pack_bf16(d[4 * (j + u) + 2 * i], d[4 * (j + u) + 2 * i + 1]);
+    to[j * 8] = make_uint4(w[0], w[1], w[2], w[3]);
+  }
+}
+
+// Logit of a head's sink; to be read before it is needed.
+__device__ __forceinline__ float sink_of(const DecodeArgs& a, int head) {
+  float sink = kNegInf;
+  if (a.sink != nullptr && head < a.heads) asm volatile("ld.global.f32 %0, [%1];" : "=f"(sink) : "l"(a.sink + head));
+  return sink;
+}
 // Factor of the sum of one head. `top` is in base 2.
-__device__ __forceinline__ float finish(const DecodeArgs& a, int64_t row, int head, float top, float total,
+__device__ __forceinline__ float finish(const DecodeArgs& a, int64_t row, int head, float top, float total, float sink,
                                         bool write_lse) {
   bool empty = top == kNegInf;
-  float extra = a.sink && !empty ? exp2_fast(a.sink[head] * kLog2e - top) : 0.0f;
+  float extra = empty ? 0.0f : exp2_fast(sink * kLog2e - top);
   if (write_lse) a.lse[row * a.heads + head] = empty ? kNegInf : (top + log2f(total)) * kLn2;
   return empty ? 0.0f : 1.0f / (total + extra);
 }

@@ -33,15 +33,13 @@ __device__ __forceinline__ void copy_bulk(uint32_t smem, const void* global, uin
                "l"(global), "n"(kBytes), "r"(bar)
                : "memory");
 }
+__device__ __forceinline__ void copy16(uint32_t smem, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem), "l"(global) : "memory");
+}
 template <uint32_t kSelector>
 __device__ __forceinline__ uint32_t permute_bytes(uint32_t x) {
   uint32_t r;
   asm("prmt.b32 %0, %1, 0, %2;" : "=r"(r) : "r"(x), "n"(kSelector));
-  return r;
-}
-__device__ __forceinline__ uint32_t permute_bytes(uint32_t x, uint32_t selector) {
-  uint32_t r;
-  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(r) : "r"(x), "r"(selector));
   return r;
 }
 
@@ -52,11 +50,15 @@ __device__ __forceinline__ const Pages& pages_of(const DecodeArgs& a, int at) {
 // Place of columns 8 c..+7 of row r in a subtile of keys.
 __device__ __forceinline__ uint32_t swizzled(int r, int c) { return r * 128 + ((c ^ (r & 7)) << 4); }
 
-// 8 e4m3 codes -> 8 bfloat16 values times 2^-120 (see spread_codes; the sign is copied by the permutation).
+// 8 e4m3 codes -> 8 bfloat16 values times 2^-120 (see spread_codes; the permutation puts copies of a code's sign above
+// it). Decoding is bound by the integer pipe: the shift is a multiplication, which is not made there.
 __device__ __forceinline__ uint4 spread_eight(uint2 codes) {
-  auto half = [](uint32_t x) { return (uint32_t)((int32_t)x >> 4) & 0x87f087f0u; };
-  return make_uint4(half(permute_bytes<0x1804>(codes.x)), half(permute_bytes<0x3a24>(codes.x)),
-                    half(permute_bytes<0x1804>(codes.y)), half(permute_bytes<0x3a24>(codes.y)));
+  auto half = [](uint32_t x) {
+    asm("mul.lo.u32 %0, %0, 16;" : "+r"(x));
+    return x & 0x87f087f0u;
+  };
+  return make_uint4(half(permute_bytes<0x9180>(codes.x)), half(permute_bytes<0xb3a2>(codes.x)),
+                    half(permute_bytes<0x9180>(codes.y)), half(permute_bytes<0xb3a2>(codes.y)));
 }
 __device__ __forceinline__ uint4 multiply_eight(uint4 v, uint32_t factor) {
   return make_uint4(multiply_bf16x2(v.x, factor), multiply_bf16x2(v.y, factor), multiply_bf16x2(v.z, factor),
@@ -71,7 +73,7 @@ struct KeyTable {
     Place places[kKeys];  // until the copies are sent, or where there are none
     uint2 scales[kKeys];
   };
-  uint64_t landed[kGroups];  // barriers: entries (or places), scales and `exists` are there
+  uint64_t listed[kGroups];  // barriers: scales (or places) and `exists` are there
   uint8_t exists[kGroups];   // keys of a group
 };
 
@@ -101,22 +103,26 @@ __device__ __forceinline__ void list_key(KeyTable<kKeys>& table, const uint8_t**
   sent();
   if (!kPlain && key < kKeys) table.scales[key] = scales;
   __syncwarp();
-  if ((lane & 7) == 0 && key < kKeys) mbar_arrive(smem_address(&table.landed[group]));
+  if ((lane & 7) == 0 && key < kKeys) mbar_arrive(smem_address(&table.listed[group]));
 }
 
-// A warp, for the eight keys of its group: the copy engine brings entry r, as it is, to the group's kilobyte of
-// subtile r. (Copies of a warp go out at 65 cycles each: all warps send.)
+// A warp, for the eight keys of its group: entry r goes, as it is, to the group's kilobyte of subtile r. The warp that
+// asks is the one that waits. (The copy engine takes 16 to 30 cycles for an entry, whoever asks for it.)
 template <int kKeys>
-__device__ __forceinline__ void send_group(KeyTable<kKeys>& table, const uint8_t* const* entries, uint32_t keys,
-                                           int group) {
+__device__ __forceinline__ void send_group(const uint8_t* const* entries, uint32_t keys, int group) {
+  constexpr int kSubtile = kKeys * 128;
   int lane = threadIdx.x & 31;
-  uint32_t landed = smem_address(&table.landed[group]);
-  const uint8_t* entry = lane < kGroupKeys ? entries[group * kGroupKeys + lane] : nullptr;
-  uint32_t count = __popc(__ballot_sync(~0u, entry != nullptr));
-  if (lane == 0) expect_bytes(landed, count * kFp8Payload);
-  __syncwarp();
-  if (entry) copy_bulk<kFp8Payload>(keys + group * 1024 + lane * (kKeys * 128), entry, landed);
-  __syncwarp();
+  uint32_t at = keys + group * 1024;
+  entries += group * kGroupKeys;
+  const uint8_t* entry[kGroupKeys];
+#pragma unroll
+  for (int r = 0; r < kGroupKeys; ++r) entry[r] = entries[r];
+  const uint8_t* rest = entries[lane / 4];
+#pragma unroll
+  for (int r = 0; r < kGroupKeys; ++r) {
+    if (entry[r]) copy16(at + r * kSubtile + 16 * lane, entry[r] + 16 * lane);
+  }
+  if (rest) copy16(at + lane / 4 * kSubtile + 512 + 16 * (lane & 3), rest + 512 + 16 * (lane & 3));
 }
 
 // A warp, for the eight keys of its group: fp8 entries become bfloat16 rows. Nobody else touches the group's memory.
@@ -125,21 +131,16 @@ __device__ __forceinline__ void decode_group(const KeyTable<kKeys>& table, uint3
   constexpr int kSubtile = kKeys * 128;
   int lane = threadIdx.x & 31, block = lane / 8, chunk = lane & 7;
   uint32_t at = keys + group * 1024, to = at + block * kSubtile;
-  mbar_wait(smem_address(&table.landed[group]), parity);
-  // Lane 4 r + p has the factors of blocks 2 p and 2 p + 1 of row r, two bfloat16.
-  uint32_t pair = reinterpret_cast<const uint16_t*>(&table.scales[kGroupKeys * group])[lane];
-  uint32_t present = table.exists[group], first = pair & 255u, second = pair >> 8;
-  if ((lane & 3) == 3) second = 0;  // the eighth byte is no scale
-  bool exists = present >> (lane / 4) & 1;
-  uint32_t factors = exists ? min(first + 120u, 254u) << 7 | min(second + 120u, 254u) << 23 : 0u;
-  uint32_t selector = block & 1 ? 0x3232u : 0x1010u;
-  auto factor_of = [&](uint32_t words, int r, int half) {
-    return permute_bytes(__shfl_sync(~0u, words, 4 * r + 2 * half + block / 2), selector);
-  };
-  auto place_of = [&](int r, int half) { return to + 4 * half * kSubtile + r * 128 + ((chunk ^ r) << 4); };
+  copies_wait_all();
+  mbar_wait(smem_address(&table.listed[group]), parity);
+  __syncwarp();
+  const uint8_t* scales = reinterpret_cast<const uint8_t*>(&table.scales[kGroupKeys * group]);
+  uint32_t present = table.exists[group];  // keys that do not have finite values: nobody's weight but zero meets them
+  auto factor_of = [&](int r, int half) { return min(scales[8 * r + 4 * half + block] + 120u, 254u) * 0x00800080u; };
+  auto place_of = [&](int r, int half) { return ((to + chunk * 16) ^ (r << 4)) + 4 * half * kSubtile + r * 128; };
   auto load = [&](int r, int half) { return load_shared_pair(at + r * kSubtile + 256 * half + 8 * lane); };
   auto write = [&](int r, uint2 codes, int half) {
-    uint4 v = multiply_eight(spread_eight(codes), factor_of(factors, r, half));
+    uint4 v = multiply_eight(spread_eight(codes), factor_of(r, half));
     if (half == 0 || block < 3) store_shared(place_of(r, half), v);
   };
   uint4 rotary[2];
@@ -160,14 +161,16 @@ __device__ __forceinline__ void decode_group(const KeyTable<kKeys>& table, uint3
     if (!(present >> r & 1)) rotary[i] = make_uint4(0, 0, 0, 0);
     store_shared(at + 7 * kSubtile + r * 128 + ((chunk ^ r) << 4), rotary[i]);
   }
-  if (!__any_sync(~0u, first > kLargestScale || second > kLargestScale)) return;
+  // Lane 4 r + p looks at the scales of blocks 2 p and 2 p + 1 of row r; the eighth byte is no scale.
+  uint32_t pair = reinterpret_cast<const uint16_t*>(scales)[lane];
+  bool large = (pair & 255u) > kLargestScale || ((lane & 3) < 3 && pair >> 8 > kLargestScale);
+  if (!__any_sync(~0u, large)) return;
   // Factors that are no bfloat16: what is left of them.
-  auto beyond = [](uint32_t scale) { return scale > kLargestScale ? (scale - 7u) << 7 : 0x3f80u; };
-  uint32_t more = beyond(first) | beyond(second) << 16;
 #pragma unroll 1
   for (int i = 0; i < 2 * kGroupKeys; ++i) {
     int r = i / 2, half = i & 1;
-    uint32_t factor = factor_of(more, r, half);
+    uint32_t scale = scales[8 * r + 4 * half + block];
+    uint32_t factor = scale > kLargestScale ? (scale - 7u) * 0x00800080u : 0x3f803f80u;
     if (half == 0 || block < 3) store_shared(place_of(r, half), multiply_eight(load_shared(place_of(r, half)), factor));
   }
 }
@@ -178,7 +181,7 @@ __device__ __forceinline__ void read_group(const KeyTable<kKeys>& table, const D
                                            int chunk, uint32_t parity) {
   constexpr int kSubtile = kKeys * 128;
   int lane = threadIdx.x & 31, q = lane & 3, r = lane / 4, key = kGroupKeys * group + r;
-  mbar_wait(smem_address(&table.landed[group]), parity);
+  mbar_wait(smem_address(&table.listed[group]), parity);
   Place place = table.places[key];
   auto put = [&](int column, uint4 v) {
     store_shared(keys + group * 1024 + (column >> 6) * kSubtile + swizzled(r, (column >> 3) & 7), v);
@@ -205,9 +208,9 @@ template <int kKeys, int kThreads, bool kPlain>
 __device__ __forceinline__ void find_next(Item& next, Place* places, const DecodeArgs& a, Walk<kKeys>& walk,
                                           int number) {
   int at = threadIdx.x % kThreads;
-  Item it;
+  Item it = walk.item(a, number);
   int64_t key;
-  bool more = walk.find_existing(a, number, at, it, key);
+  bool more = walk.find_existing(a, it, at, key);
   if (at == 0) next = more ? it : Item{-1};
   if (!more) return;
   for (bool first = true; at < kKeys; at += kThreads, first = false) {
