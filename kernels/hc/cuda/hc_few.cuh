@@ -69,7 +69,7 @@ struct Columns {
 #pragma unroll 1
     for (; left > 0; left -= kUnits / kStreams) {
       copy16_async(x_to, x, true);
-      x_to += kUnits / kStreams * kTokenBytes;
+      x_to = (x_to ^ kUnits / kStreams * 16) + kUnits / kStreams * kTokenBytes;  // as few_piece swaps them
       x += step;
     }
     if constexpr (kMode == Mode::kPostPre) {
