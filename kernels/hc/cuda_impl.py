@@ -1,7 +1,7 @@
 """Hyper-connections in CUDA C++ for what is served: bfloat16, four streams, wide rows.
 
 Other shapes and float32 take the Triton kernels of this folder. Up to ``_FEW`` tokens one launch does
-everything, the RMSNorm and the FP8 form behind included; above, one launch does so behind ``hc_post``.
+everything, the RMSNorm and the FP8 form behind included; above, a small one behind it makes comb.
 Groups of blocks wait for each other, so all blocks of a launch must fit on the device at once, and two
 such launches must not overlap: these ops belong to one stream of a device. ``fn`` and the norm's weight
 must not be written by the kernel directly ahead in the stream, which may still run when they are read.
@@ -26,7 +26,7 @@ from kernels.triton_math import twin_for_float64
 
 _CUDA = Path(__file__).parent / "cuda"
 _SOURCES = [_CUDA / "hc.cu", *sorted(_CUDA.glob("*.cuh"))]
-_STREAMS, _SLAB, _TILE, _RING, _SUMS = 4, 256, 16, 8, 448  # as in the sources
+_STREAMS, _SLAB, _TILE, _RING, _SUMS = 4, 256, 16, 10, 448  # as in the sources
 _FEW = 64  # tokens up to which clusters run
 _SLAB_WORDS = 32  # of a token and a slab
 _MULTIPLE = 1024  # columns come in multiples of this
@@ -110,10 +110,9 @@ def collapse_norm(
     rms_eps: float,
     mixed: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, QuantRows, Tensor, Tensor]:
-    """``(streams, normed, rows, post, comb)``: ``collapse``, then ``rms_norm_quant``: one launch or two."""
+    """``(streams, normed, rows, post, comb)``: ``collapse``, then ``rms_norm_quant``, fused."""
     tokens, _, dim = x.shape
-    # Many tokens without hc_post: in one launch the warps that norm would have more to do than all others.
-    if tokens == 0 or not _fits(x) or (mixed is None and tokens > _most_of_few(x)):
+    if tokens == 0 or not _fits(x):
         streams, out, post, comb = collapse(
             x, fn, scale, base, iters=iters, eps=eps, norm_eps=norm_eps, mixed=mixed
         )

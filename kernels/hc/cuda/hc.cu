@@ -1,8 +1,8 @@
 // hc_pre, hc_head and hc_post_pre for bf16 streams, four of them: each stream value is read once.
 // Contracts: kernels/hc/api.py, kernels/hc_post_pre/api.py and kernels/hc_norm/api.py.
 //
-// A block owns 256 columns of every stream and multiplies them by three bf16 parts that add up to the f32
-// weight, so every product is exact. Many tokens: the blocks of all slabs of a row form a group, groups
+// A block owns 256 columns of every stream and multiplies them by two bf16 parts that make up 17 bits
+// of the f32 weight. Many tokens: the blocks of all slabs of a row form a group, groups
 // walk over tiles of 16 tokens (hc_tiles.cuh). Few tokens: a group that takes up to 16 at once (hc_few.cuh).
 // Sums run in a fixed order (tensor core over 64 columns, warps, slabs) that no other token touches and
 // that both kernels share.
@@ -37,17 +37,16 @@ cudaError_t encode(CUtensorMap* map, const void* values, int rank, const uint64_
 
 template <Mode kMode, bool kNorm>
 cudaError_t launch(const Arguments& args, cudaStream_t stream) {
-  constexpr int kBytes = Layout<kMode, kNorm>::kBytes;
+  constexpr int kBytes = Layout<kMode>::kBytes;
   const auto kernel = hc_kernel<kMode, kNorm>;
-  const uint64_t sizes[3] = {(uint64_t)args.dim, kStreams, (uint64_t)args.tokens};
-  const uint32_t box[3] = {kBoxColumns, kStreams, kTile}, a_box[2] = {kSlab, kTile};
-  const int64_t x_strides[2] = {args.x_stream, args.x_token};
-  const int64_t new_strides[2] = {args.dim, (int64_t)args.dim * kStreams};
+  const uint64_t sizes[3] = {(uint64_t)args.dim, (uint64_t)args.tokens, kStreams};
+  const uint32_t box[3] = {kBoxColumns, kTile, kStreams}, a_box[2] = {kSlab, kTile};
+  const int64_t x_strides[2] = {args.x_token, args.x_stream};
+  const int64_t new_strides[2] = {(int64_t)args.dim * kStreams, args.dim};
   Maps maps;
   cudaError_t code = encode(&maps.x, args.x, 3, sizes, x_strides, box);
   if constexpr (kMode == Mode::kPostPre) {
-    const uint64_t a_sizes[2] = {sizes[0], sizes[2]};
-    if (code == cudaSuccess) code = encode(&maps.a, args.a, 2, a_sizes, &args.a_token, a_box);
+    if (code == cudaSuccess) code = encode(&maps.a, args.a, 2, sizes, &args.a_token, a_box);
     if (code == cudaSuccess) code = encode(&maps.streams, args.streams, 3, sizes, new_strides, box);
   }
   if (code == cudaSuccess) {
@@ -86,7 +85,7 @@ template <causeway::hc::Mode kMode>
 cudaError_t run(const causeway::hc::Arguments& args, bool few, cudaStream_t stream) {
   if (few) return causeway::hc::start_few<kMode>(args, stream);
   if (args.norm_weight != nullptr) {
-    if constexpr (kMode == causeway::hc::Mode::kPostPre) {
+    if constexpr (kMode != causeway::hc::Mode::kHead) {
       return causeway::hc::launch<kMode, true>(args, stream);
     }
     return cudaErrorInvalidValue;
@@ -97,7 +96,7 @@ cudaError_t run(const causeway::hc::Arguments& args, bool few, cudaStream_t stre
 }  // namespace
 
 // mode: 0 hc_pre, 1 hc_head, 2 hc_post_pre. comb: null for hc_head. few: one launch for up to 64 tokens, then
-// `a` may be float32. With norm_weight (few, or mode 2) also the RMSNorm and the FP8 form: `out` is the
+// `a` may be float32. With norm_weight (modes 0 and 2) also the RMSNorm and the FP8 form: `out` is the
 // normed row.
 // Returns a CUDA error code.
 extern "C" int causeway_hc(int mode, int few, const void* x, int64_t x_token, int64_t x_stream,

@@ -40,61 +40,51 @@ __device__ __forceinline__ uint32_t peak_pair(const uint4& row) {
                   __vmaxu2(row.z & kMagnitude, row.w & kMagnitude));
 }
 
-// Four values of each lane -> one: halves of the lanes that differ in bit kBit of their number keep two
-// values each, quarters one; value v stays where that bit and the next lower one are v.
-template <int kBit, typename T, typename Join>
-__device__ __forceinline__ T deal_four(const T (&value)[kPart], int lane, Join join) {
-  const bool upper = lane & kBit, odd = lane & kBit / 2;
-  T two[2];
+// The sum of each of two values over all lanes, in the order of add_lanes: value v in lanes 16 v ..
+__device__ __forceinline__ float add_two(const float (&value)[kPart], int lane) {
+  const bool upper = lane & 16;
+  const float sent = __shfl_xor_sync(~0u, upper ? value[0] : value[1], 16);
+  float sum = (upper ? value[1] : value[0]) + sent;
 #pragma unroll
-  for (int n = 0; n < 2; ++n) {
-    const T sent = __shfl_xor_sync(~0u, upper ? value[n] : value[2 + n], kBit);
-    two[n] = join(upper ? value[2 + n] : value[n], sent);
-  }
-  return join(odd ? two[1] : two[0], __shfl_xor_sync(~0u, odd ? two[0] : two[1], kBit / 2));
-}
-
-// The sum of each of four values over all lanes, in the order of add_lanes: value v in lanes 8 v ..
-__device__ __forceinline__ float add_four(const float (&value)[kPart], int lane) {
-  float sum = deal_four<16>(value, lane, [](float a, float b) { return a + b; });
-#pragma unroll
-  for (int step = 4; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  for (int step = 8; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
   return sum;
 }
 
 // Each warp takes kPart tokens of a tile. With a norm it sends each token's squares over this block's
-// columns to the group's blocks, and norms the tile before meanwhile, whose rows it has kept.
+// columns to the group's blocks, keeps the rows, and norms those of kLag tiles before meanwhile.
 template <Mode kMode, bool kNorm>
 __device__ __forceinline__ void column_tiles(const Arguments& args, char* memory, uint32_t full,
                                              const Share& share, int warp, int lane) {
-  using L = Layout<kMode, kNorm>;
-  static_assert(kPart == 4, "deal_four, and rows of a warp that start at multiples of eight");
+  using L = Layout<kMode>;
+  static_assert(kPart == 2, "add_two, and two tokens' peaks in a word");
   const uint32_t ready = full + (kMode == Mode::kPostPre ? L::kStages * 8 : 0);
   const uint32_t empty = full + 3 * L::kStages * 8;
   const int tiles = share.tiles, column = share.slab * kSlab + lane * 8;
-  // Of a tile: 16 lanes take four tokens' factors; for the norm each lane the squares of a slab.
+  // Of a tile: eight lanes take two tokens' factors; for the norm each lane the squares of a slab.
   const Words words = words_of(args, share, 0);
   const auto tag_of = [&](int i) { return words.tag + i / kRing; };
   const auto factor_at = [&](int i) {
-    return words.factors + i % kRing * (kTile * kStreams) + warp * (kPart * kStreams) + lane % 16;
+    return words.factors + i % kRing * (kTile * kStreams) + warp * (kPart * kStreams) +
+           lane % (kPart * kStreams);
   };
   const auto squares_at = [&](int i, int token, int slab) {
     return words.squares + ((i % kRing * kTile + warp * kPart + token) * args.slabs + slab);
   };
   const int lane_slab = lane < args.slabs ? lane : 0;
   const int64_t first = (int64_t)share.group * kTile + warp * kPart, step = (int64_t)args.groups * kTile;
-  char* tile_rows = memory + warp * kPart * kStreams * 128 + lane / 8 * kBoxBytes;
-  char* held = memory + L::kHeld + warp * kPart * kStreamBytes + lane * 16;
+  const char* tile_rows = memory + warp * kPart * 128 + lane / 8 * kBoxBytes;
   float4* norm_weight = reinterpret_cast<float4*>(memory + L::kWeight) + lane * 2;
   if constexpr (kNorm) keep_norm_weight(args, column, norm_weight);
+  uint4 held[kLag][kPart];
   // Words of the next tile are asked for one tile ahead: mostly they are there already.
   uint64_t next = load_word(factor_at(0));
-  for (int i = 0; i < tiles + kNorm; ++i) {
+  for (int i = 0; i < tiles + kNorm * kLag; ++i) {
     uint64_t square[kPart];
-    if (kNorm && i > 0) {
+    if (kNorm && i >= kLag) {
 #pragma unroll
-      for (int t = 0; t < kPart; ++t) square[t] = load_word(squares_at(i - 1, t, lane_slab));
+      for (int t = 0; t < kPart; ++t) square[t] = load_word(squares_at(i - kLag, t, lane_slab));
     }
+    uint4 rows[kPart];
     if (i < tiles) {
       const int stage = i % L::kStages;
       while (!__all_sync(~0u, has_tag(next, tag_of(i)))) next = load_word(factor_at(i));
@@ -105,7 +95,6 @@ __device__ __forceinline__ void column_tiles(const Arguments& args, char* memory
       const char* at = tile_rows + stage * kStageBytes;
       const int64_t token = first + i * step;
       __nv_bfloat16* out = args.out + token * args.dim + column;
-      const int live = args.tokens - token < kPart ? (int)(args.tokens - token) : kPart;
       float sum[kPart];
 #pragma unroll
       for (int t = 0; t < kPart; ++t) {
@@ -113,71 +102,71 @@ __device__ __forceinline__ void column_tiles(const Arguments& args, char* memory
         uint4 x[kStreams];
 #pragma unroll
         for (int s = 0; s < kStreams; ++s) {
-          const int row = t * kStreams + s;
-          (&pre.x)[s] = __shfl_sync(~0u, mine, row);
-          x[s] = *reinterpret_cast<const uint4*>(at + row * 128 + ((lane ^ row) & 7) * 16);
+          (&pre.x)[s] = __shfl_sync(~0u, mine, t * kStreams + s);
+          x[s] = *reinterpret_cast<const uint4*>(at + (s * kTile + t) * 128 +
+                                                 ((lane ^ (warp * kPart + t)) & 7) * 16);
         }
-        const uint4 row = collapse_columns(pre, x);
+        rows[t] = collapse_columns(pre, x);
         if constexpr (kNorm) {
-          *reinterpret_cast<uint4*>(held + (i % kHeldTiles * kTile + t) * kStreamBytes) = row;
-          sum[t] = square_of(row);
+          sum[t] = square_of(rows[t]);
         } else {
-          if (t < live) __stcs(reinterpret_cast<uint4*>(out), row);
+          if (token + t < args.tokens) __stcs(reinterpret_cast<uint4*>(out), rows[t]);
           out += args.dim;
         }
       }
       __syncwarp();
       if (lane == 0) mbar_arrive(empty + stage * 8);
       if constexpr (kNorm) {
-        const float mine_of_slab = add_four(sum, lane);
-        if (lane % 8 == 0) store_word(squares_at(i, lane / 8, share.slab), mine_of_slab, tag_of(i));
+        const float mine_of_slab = add_two(sum, lane);
+        if (lane % 16 == 0) store_word(squares_at(i, lane / 16, share.slab), mine_of_slab, tag_of(i));
       }
     }
-    if (kNorm && i > 0) {
-      const uint32_t tag = tag_of(i - 1);
-      while (true) {
-        bool all = true;
+    if (kNorm && i >= kLag) {
+      const uint32_t tag = tag_of(i - kLag);
+      while (!__all_sync(~0u, has_tag(square[0], tag) && has_tag(square[1], tag))) {
 #pragma unroll
-        for (int t = 0; t < kPart; ++t) all = all && has_tag(square[t], tag);
-        if (__all_sync(~0u, all)) break;
-#pragma unroll
-        for (int t = 0; t < kPart; ++t) load_again(square[t], squares_at(i - 1, t, lane_slab), tag);
+        for (int t = 0; t < kPart; ++t) load_again(square[t], squares_at(i - kLag, t, lane_slab), tag);
       }
       float sum[kPart];
 #pragma unroll
       for (int t = 0; t < kPart; ++t) sum[t] = lane < args.slabs ? value_of(square[t]) : 0.0f;
-      const float factor = rsqrtf(add_four(sum, lane) / static_cast<float>(args.dim) + args.rms_eps);
-      const int64_t token = first + (i - 1) * step;
-      const int live = args.tokens - token < kPart ? (int)(args.tokens - token) : kPart;
+      const float factor = rsqrtf(add_two(sum, lane) / static_cast<float>(args.dim) + args.rms_eps);
+      const int64_t token = first + (i - kLag) * step;
       __nv_bfloat16* out = args.out + token * args.dim + column;
-      uint4 normed[kPart];
-      uint32_t pairs[kPart];
       const float4 weight[2] = {norm_weight[0], norm_weight[1]};
+      uint32_t peaks[kPart];
 #pragma unroll
       for (int t = 0; t < kPart; ++t) {
-        const uint4 row =
-            *reinterpret_cast<const uint4*>(held + ((i - 1) % kHeldTiles * kTile + t) * kStreamBytes);
-        normed[t] = norm_columns(row, __shfl_sync(~0u, factor, t * 8), weight);
-        pairs[t] = peak_pair(normed[t]);
-        if (t < live) __stcs(reinterpret_cast<uint4*>(out), normed[t]);
+        uint4& row = held[kLag - 1][t];
+        row = norm_columns(row, __shfl_sync(~0u, factor, t * 16), weight);
+        if (token + t < args.tokens) __stcs(reinterpret_cast<uint4*>(out), row);
         out += args.dim;
+        const uint32_t pair = peak_pair(row);
+        peaks[t] = __vmaxu2(pair, pair >> 16);
       }
-      // Half a warp holds the 128 columns of a scale; its lanes 4 t .. get that of token t.
-      const auto larger = [](uint32_t a, uint32_t b) { return __vmaxu2(a, b); };
-      uint32_t pair = deal_four<8>(pairs, lane, larger);
-      pair = __vmaxu2(pair, __shfl_xor_sync(~0u, pair, 2));
-      pair = __vmaxu2(pair, __shfl_xor_sync(~0u, pair, 1));
-      const uint32_t byte = scale_byte(max(pair << 16, pair & 0xFFFF0000u));
-      const int whose = lane / 4 % 4;
-      if (lane % 4 == 0 && whose < live) {
-        args.code_scale[(token + whose) * args.code_scale_row + column / 128] = static_cast<uint8_t>(byte);
+      // Half a warp holds the 128 columns of a scale; a word holds the peaks of both tokens.
+      uint32_t both = __byte_perm(peaks[0], peaks[1], 0x5410);
+#pragma unroll
+      for (int step = 8; step > 0; step /= 2) both = __vmaxu2(both, __shfl_xor_sync(~0u, both, step));
+      const uint32_t byte[kPart] = {scale_byte(both << 16), scale_byte(both & 0xFFFF0000u)};
+      if (lane % 16 < kPart && token + lane % 16 < args.tokens) {
+        args.code_scale[(token + lane % 16) * args.code_scale_row + column / 128] =
+            static_cast<uint8_t>(lane % 16 == 0 ? byte[0] : byte[1]);
       }
       uint8_t* codes = args.codes + token * args.code_row + column;
 #pragma unroll
       for (int t = 0; t < kPart; ++t) {
-        const uint32_t scale = __shfl_sync(~0u, byte, (lane & 16) + t * 4);
-        if (t < live) __stcs(reinterpret_cast<uint2*>(codes), code_columns(normed[t], scale));
+        const uint2 code = code_columns(held[kLag - 1][t], byte[t]);
+        if (token + t < args.tokens) __stcs(reinterpret_cast<uint2*>(codes), code);
         codes += args.code_row;
+      }
+    }
+    if constexpr (kNorm) {
+#pragma unroll
+      for (int t = 0; t < kPart; ++t) {
+#pragma unroll
+        for (int age = kLag - 1; age > 0; --age) held[age][t] = held[age - 1][t];
+        held[0][t] = rows[t];
       }
     }
   }

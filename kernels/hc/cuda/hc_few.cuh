@@ -27,10 +27,9 @@ struct FewLayout {
   static constexpr int kRoom = kWeight + kSlab * 4;
 };
 
-// Where eight columns, a piece of 0..31, of a token's stream lie: 64 columns of neighbouring tokens start in
-// different banks.
+// Where eight columns, a piece of 0..31, of a token's stream lie: those of eight tokens in different banks.
 __device__ __forceinline__ int few_piece(int token, int stream, int piece) {
-  return token * kTokenBytes + stream * kSlab * 2 + (piece ^ (token & 1) << 2) * 16;
+  return token * kTokenBytes + stream * kSlab * 2 + (piece ^ (token & 7)) * 16;
 }
 
 // The tokens' columns of this slab, and what hc_post needs, on their way to shared memory: a row a warp. The
@@ -70,7 +69,7 @@ struct Columns {
 #pragma unroll 1
     for (; left > 0; left -= kUnits / kStreams) {
       copy16_async(x_to, x, true);
-      x_to += kUnits / kStreams * kTokenBytes;
+      x_to = (x_to ^ kUnits / kStreams * 16) + kUnits / kStreams * kTokenBytes;  // as few_piece swaps them
       x += step;
     }
     if constexpr (kMode == Mode::kPostPre) {
@@ -216,19 +215,15 @@ __global__ void __launch_bounds__(kFewThreads, 1) few_kernel(const __grid_consta
     __syncthreads();
   }
   for (int half = 0; half * 8 < group.live; ++half) {
-    const int token = half * 8 + lane / 4, piece = warp % 4 * 8 + lane % 4;
-    uint4 x[2] = {};
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (token < group.live) {
-        x[i] = *reinterpret_cast<const uint4*>(streams + few_piece(token, warp / 4, piece + i * 4));
-      }
-    }
+    // Rows of tokens that are not there hold anything: no other row depends on them.
     Sums sums = {};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      mix_step<kMode>(sums, weight[i * 2], x[i].x, x[i].y);
-      mix_step<kMode>(sums, weight[i * 2 + 1], x[i].z, x[i].w);
+      uint32_t x[4];
+      const int piece = warp % 4 * 8 + i * 4 + lane / 8;
+      load_matrices(x, smem_address(streams + few_piece(half * 8 + lane % 8, warp / 4, piece)));
+      mix_step<kMode>(sums, weight[i * 2], x[0], x[1]);
+      mix_step<kMode>(sums, weight[i * 2 + 1], x[2], x[3]);
     }
     store_sums(add_up(sums), partial + warp * kFewSums + half * 8 * kRecord, lane);
   }

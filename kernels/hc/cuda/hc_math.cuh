@@ -67,13 +67,10 @@ __device__ __forceinline__ uint4 mix_columns(float post, const float (&comb)[4],
   return mixed;
 }
 
-// Three bf16 pairs that add up to a pair of f32.
-__device__ __forceinline__ void split(float x, float y, uint32_t& high, uint32_t& middle, uint32_t& low) {
+// Two bf16 pairs that add up to a pair of f32, but for 2^-18 of it at most.
+__device__ __forceinline__ void split(float x, float y, uint32_t& high, uint32_t& low) {
   high = pack_bf16(x, y);
-  x -= low_half(high);
-  y -= high_half(high);
-  middle = pack_bf16(x, y);
-  low = pack_bf16(x - low_half(middle), y - high_half(middle));
+  low = pack_bf16(x - low_half(high), y - high_half(high));
 }
 
 __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
@@ -85,13 +82,18 @@ __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uin
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// The columns of a tensor-core product are dealt so that a lane's share of two steps lies together:
-// step 2 h + s takes columns 32 h + 8 (lane % 4) + 4 s .. + 3 from each lane.
-__device__ __forceinline__ int lane_column(int lane) { return lane % 4 * 8; }
+// Four matrices of 8 rows of 16 bytes; lane i brings the address of row i % 8 of matrix i / 8.
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(row)
+               : "memory");
+}
 
-// The f32 weights of a unit as they lie in memory: rows lane / 4 + 8 i, four columns a step.
+// The f32 weights of a unit as they lie in memory: rows lane / 4 + 8 i; of a step's 16 columns a pair in
+// each half.
 struct RawWeight {
-  float4 row[3][kSteps];
+  float2 row[3][kSteps][2];
 };
 
 template <Mode kMode>
@@ -99,22 +101,25 @@ __device__ __forceinline__ void load_raw(RawWeight& raw, const Arguments& args, 
                                          int lane) {
   constexpr int kMixes = kMode == Mode::kHead ? kStreams : 24;
   const float* from = args.fn + (int64_t)(lane / 4) * kStreams * args.dim +
-                      (int64_t)(unit / 4) * args.dim + slab * kSlab + unit % 4 * 64 + lane_column(lane);
+                      (int64_t)(unit / 4) * args.dim + slab * kSlab + unit % 4 * 64 + lane % 4 * 2;
 #pragma unroll
   for (int i = 0; i < 3; ++i) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      const float* at = from + (int64_t)i * 8 * kStreams * args.dim + step / 2 * 32 + step % 2 * 4;
-      raw.row[i][step] = lane / 4 + 8 * i < kMixes ? __ldg(reinterpret_cast<const float4*>(at))
-                                                   : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float* at = from + (int64_t)i * 8 * kStreams * args.dim + step * 16 + half * 8;
+        raw.row[i][step][half] = lane / 4 + 8 * i < kMixes ? __ldg(reinterpret_cast<const float2*>(at))
+                                                           : make_float2(0.0f, 0.0f);
+      }
     }
   }
 }
 
-// Fragments of one step: rows 0..15 in three parts; rows 16..23 as (high over middle) and (low over zeros).
+// Fragments of one step: rows 0..15 in two parts; rows 16..23 as (high over low).
 struct Step {
-  uint32_t first[3][4];
-  uint32_t second[6];
+  uint32_t first[2][4];
+  uint32_t second[4];
 };
 
 __device__ __forceinline__ void split_step(Step& weight, const RawWeight& raw, int step) {
@@ -122,17 +127,15 @@ __device__ __forceinline__ void split_step(Step& weight, const RawWeight& raw, i
   for (int i = 0; i < 3; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float4& v = raw.row[i][step];
-      uint32_t high, middle, low;
-      split(half ? v.z : v.x, half ? v.w : v.y, high, middle, low);
+      const float2 v = raw.row[i][step][half];
+      uint32_t high, low;
+      split(v.x, v.y, high, low);
       if (i < 2) {
         weight.first[0][half * 2 + i] = high;
-        weight.first[1][half * 2 + i] = middle;
-        weight.first[2][half * 2 + i] = low;
+        weight.first[1][half * 2 + i] = low;
       } else {
         weight.second[half * 2] = high;
-        weight.second[half * 2 + 1] = middle;
-        weight.second[4 + half] = low;
+        weight.second[half * 2 + 1] = low;
       }
     }
   }
@@ -143,18 +146,17 @@ struct Sums {
   float first[4], second[4], square;
 };
 
-// One step: b0 and b1 are the columns of token lane / 4 that `lane_column` deals to this lane.
+// One step: b0 and b1 are pairs of columns of token lane / 4.
 template <Mode kMode>
 __device__ __forceinline__ void mix_step(Sums& sums, const Step& weight, uint32_t b0, uint32_t b1) {
 #pragma unroll
-  for (int part = 2; part >= 0; --part) {
+  for (int part = 1; part >= 0; --part) {
     const uint32_t* a = weight.first[part];
     mma(sums.first, a[0], a[1], a[2], a[3], b0, b1);
-    if constexpr (kMode != Mode::kHead) {
-      const uint32_t* other = weight.second;
-      if (part == 2) mma(sums.second, other[4], 0, other[5], 0, b0, b1);
-      if (part == 1) mma(sums.second, other[0], other[1], other[2], other[3], b0, b1);
-    }
+  }
+  if constexpr (kMode != Mode::kHead) {
+    const uint32_t* a = weight.second;
+    mma(sums.second, a[0], a[1], a[2], a[3], b0, b1);
   }
 #pragma unroll
   for (int word = 0; word < 2; ++word) {

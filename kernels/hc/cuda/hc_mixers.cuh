@@ -14,22 +14,20 @@ __device__ __forceinline__ void make_streams(char* tile, const char* side, int t
 #pragma unroll
   for (int j = 0; j < kStreams; ++j) comb[j] = factors[kTile + token * kStreams + j];
   side += token * kStreamBytes + lane * 4;
-  const int row = token * kStreams;
-  char* at[kStreams];
-#pragma unroll
-  for (int j = 0; j < kStreams; ++j) {
-    at[j] = tile + (row + j) * 128 + ((lane / 4 ^ (row + j)) & 7) * 16 + lane % 4 * 4;
-  }
+  char* at = tile + token * 128 + ((lane / 4 ^ token) & 7) * 16 + lane % 4 * 4;
 #pragma unroll
   for (int box = 0; box < kBoxes; ++box) {
     const uint32_t a = *reinterpret_cast<const uint32_t*>(side + box * 128);
     uint32_t x[kStreams];
 #pragma unroll
-    for (int j = 0; j < kStreams; ++j) x[j] = *reinterpret_cast<const uint32_t*>(at[j] + box * kBoxBytes);
+    for (int j = 0; j < kStreams; ++j) {
+      x[j] = *reinterpret_cast<const uint32_t*>(at + box * kBoxBytes + j * kTile * 128);
+    }
 #pragma unroll
     for (int k = 0; k < kStreams; ++k) {
       const float mine[kStreams] = {(&comb[0].x)[k], (&comb[1].x)[k], (&comb[2].x)[k], (&comb[3].x)[k]};
-      *reinterpret_cast<uint32_t*>(at[k] + box * kBoxBytes) = mix_pair((&post.x)[k], mine, a, x);
+      *reinterpret_cast<uint32_t*>(at + box * kBoxBytes + k * kTile * 128) =
+          mix_pair((&post.x)[k], mine, a, x);
     }
   }
 }
@@ -41,24 +39,20 @@ struct TileSums {
   float square[2];
 };
 
-// One step on columns `low` and `high` of tokens lane / 4 and 8 further. The products are those of
-// mix_step, with tokens for rows, in the same order.
+// One step: x[0] and x[2] are pairs of columns of token lane / 4, x[1] and x[3] of the one 8 further. The
+// products are those of mix_step, with tokens for rows, in the same order.
 template <Mode kMode>
-__device__ __forceinline__ void mix_tile_step(TileSums& sums, const Step& weight, const uint32_t (&low)[2],
-                                              const uint32_t (&high)[2]) {
+__device__ __forceinline__ void mix_tile_step(TileSums& sums, const Step& weight, const uint32_t (&x)[4]) {
   const auto product = [&](int to, uint32_t b0, uint32_t b1) {
-    mma(sums.mix[to], low[0], low[1], high[0], high[1], b0, b1);
+    mma(sums.mix[to], x[0], x[1], x[2], x[3], b0, b1);
   };
 #pragma unroll
-  for (int part = 2; part >= 0; --part) {
+  for (int part = 1; part >= 0; --part) {
     const uint32_t* first = weight.first[part];
     product(0, first[0], first[2]);
     if constexpr (kMode != Mode::kHead) {
-      const uint32_t* second = weight.second;
       product(1, first[1], first[3]);
-      if (part == 2) product(2, second[4], second[5]);
-      if (part == 1) product(3, second[1], second[3]);
-      if (part == 0) product(2, second[0], second[2]);
+      product(2 + part, weight.second[part], weight.second[2 + part]);
     }
   }
 #pragma unroll
@@ -66,84 +60,89 @@ __device__ __forceinline__ void mix_tile_step(TileSums& sums, const Step& weight
     float& square = sums.square[half];
 #pragma unroll
     for (int word = 0; word < 2; ++word) {
-      const uint32_t pair = word ? high[half] : low[half];
+      const uint32_t pair = x[word * 2 + half];
       square = fmaf(low_half(pair), low_half(pair), square);
       square = fmaf(high_half(pair), high_half(pair), square);
     }
   }
 }
 
-// The sums of a warp's unit to `to`: [16 tokens, 24 mixes], then [16] squares. The second unit's are added
-// to the first one's, which the same lane has put there.
-template <Mode kMode, bool kSecond>
-__device__ __forceinline__ void store_tile_sums(const TileSums& sums, float* to, int lane) {
+// The sums of a warp's two units to `to`: [16 tokens, 24 mixes], then [16] squares.
+template <Mode kMode>
+__device__ __forceinline__ void store_tile_sums(const TileSums (&sums)[2], float* to, int lane) {
   const int row = lane / 4, quad = lane % 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float square = sums.square[half];
-    square += __shfl_xor_sync(~0u, square, 1);
-    square += __shfl_xor_sync(~0u, square, 2);
-    if (quad == 0) {
-      float& at = to[kTile * kMixes + half * 8 + row];
-      at = kSecond ? at + square : square;
+    float square[2];
+#pragma unroll
+    for (int unit = 0; unit < 2; ++unit) {
+      square[unit] = sums[unit].square[half];
+      square[unit] += __shfl_xor_sync(~0u, square[unit], 1);
+      square[unit] += __shfl_xor_sync(~0u, square[unit], 2);
     }
+    if (quad == 0) to[kTile * kMixes + half * 8 + row] = square[0] + square[1];
 #pragma unroll
     for (int i = 0; i < (kMode == Mode::kHead ? 1 : 3); ++i) {
-      float2& at = *reinterpret_cast<float2*>(to + (half * 8 + row) * kMixes + i * 8 + quad * 2);
-      float2 pair = make_float2(sums.mix[i][half * 2], sums.mix[i][half * 2 + 1]);
-      if (i == 2) pair = make_float2(pair.x + sums.mix[3][half * 2], pair.y + sums.mix[3][half * 2 + 1]);
-      at = kSecond ? make_float2(at.x + pair.x, at.y + pair.y) : pair;
+      float2 pair[2];
+#pragma unroll
+      for (int unit = 0; unit < 2; ++unit) {
+        const float* mix = sums[unit].mix[i] + half * 2;
+        pair[unit] = make_float2(mix[0], mix[1]);
+        if (i == 2) pair[unit] = make_float2(mix[0] + mix[4], mix[1] + mix[5]);
+      }
+      *reinterpret_cast<float2*>(to + (half * 8 + row) * kMixes + i * 8 + quad * 2) =
+          make_float2(pair[0].x + pair[1].x, pair[0].y + pair[1].y);
     }
   }
 }
 
+// The thread's number, read again: the weights leave no register to keep what is made of it.
+__device__ __forceinline__ int thread_again() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // The mixing warps' work: sums of each tile over this block's columns, to the tokens' owners.
-template <Mode kMode, bool kNorm>
+template <Mode kMode>
 __device__ __forceinline__ void mix_tiles(const Arguments& args, const Maps& maps, char* memory,
                                           uint32_t full, const Share& share) {
-  using L = Layout<kMode, kNorm>;
+  using L = Layout<kMode>;
   constexpr bool kPost = kMode == Mode::kPostPre;
   const uint32_t made = full + L::kStages * 8, sent = made + L::kStages * 8, empty = sent + L::kStages * 8;
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  float* partial = reinterpret_cast<float*>(memory + L::kPartial);
-  float* mine = partial + warp * kUnitSums;
+  const int warp = threadIdx.x / 32;
   Step weight[2][kSteps];
 #pragma unroll
   for (int unit = 0; unit < 2; ++unit) {
     RawWeight raw;
-    load_raw<kMode>(raw, args, share.slab, warp * 2 + unit, lane);
+    load_raw<kMode>(raw, args, share.slab, warp * 2 + unit, threadIdx.x % 32);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) split_step(weight[unit][step], raw, step);
   }
-  // The first half of this lane's columns; the other one lies where bit 2 of the piece is flipped. The
-  // second unit is the next box.
-  const int from = piece_at(lane / 4, warp / 2, warp % 2 * 16 + lane % 4);
-  // Half of the warps add up a tile's sums while the others go on to the next one. A thread adds four: four
-  // mixes of a token, or the squares of four tokens.
-  const int adder = thread % (kMixers / 2);
-  const bool squares = adder >= kTile * kMixes / 4;
-  const int token = squares ? adder * 4 - kTile * kMixes : adder * 4 / kMixes;
-  const int word = (token * args.slabs + share.slab) * kRecord + (squares ? kSquares : adder * 4 % kMixes);
-  const bool adds = adder < kAdders && (kMode != Mode::kHead || squares || adder * 4 % kMixes == 0);
+  // This lane's row of a step's matrices: columns 0..7 of tokens 0..7, then of 8..15, columns 8..15. Other
+  // steps lie where bits of the piece are flipped; the second unit is the next box.
+  const int row = threadIdx.x % 16;
+  const uint32_t from = smem_address(memory) + warp % 2 * 2 * kBoxBytes +
+                        (warp / 2 * kTile + row) * 128 + ((threadIdx.x % 32 / 16 ^ row) & 7) * 16;
   const int tiles = share.tiles;
   for (int i = 0; i < tiles; ++i) {
     const int stage = i % L::kStages;
-    char* tile = memory + stage * kStageBytes;
     mbar_wait(full + stage * 8, i / L::kStages & 1);
     if constexpr (kPost) {
 #pragma unroll 1
       for (int n = 0; n < 2; ++n) {
-        make_streams(tile, memory + L::kSide + i % kSides * kSideBytes, warp * 2 + n, lane);
+        make_streams(memory + stage * kStageBytes, memory + L::kSide + i % kSides * kSideBytes, warp * 2 + n,
+                     thread_again() % 32);
       }
       fence_async_proxy();  // the copy engine reads this, and writes here next
       __syncwarp();
-      if (lane == 0) mbar_arrive(made + stage * 8);
+      if (thread_again() % 32 == 0) mbar_arrive(made + stage * 8);
       mbar_wait(made + stage * 8, i / L::kStages & 1);
-      if (thread == 0) {
+      if (thread_again() == 0) {
         const int first = (share.group + i * args.groups) * kTile;
 #pragma unroll
         for (int box = 0; box < kBoxes; ++box) {
-          store_box(&maps.streams, smem_address(tile) + box * kBoxBytes,
+          store_box(&maps.streams, smem_address(memory + stage * kStageBytes + box * kBoxBytes),
                     share.slab * kSlab + box * kBoxColumns, first);
         }
         stores_end();
@@ -152,31 +151,32 @@ __device__ __forceinline__ void mix_tiles(const Arguments& args, const Maps& map
       }
       __syncwarp();
     }
+    TileSums sums[2] = {};
+    const uint32_t at = from + stage * kStageBytes;
+    uint32_t x[2][4];  // of a step of one unit, and the next one
+    load_matrices(x[0], at);
 #pragma unroll
-    for (int unit = 0; unit < 2; ++unit) {
-      TileSums sums = {};
-#pragma unroll
-      for (int side = 0; side < 2; ++side) {
-        const char* at = tile + unit * kBoxBytes + (from ^ side * 64);
-        const uint4 x = *reinterpret_cast<const uint4*>(at);
-        const uint4 y = *reinterpret_cast<const uint4*>(at + 8 * kStreams * 128);
-        mix_tile_step<kMode>(sums, weight[unit][side * 2], {x.x, y.x}, {x.y, y.y});
-        mix_tile_step<kMode>(sums, weight[unit][side * 2 + 1], {x.z, y.z}, {x.w, y.w});
-      }
-      if (unit == 0) {
-        // The partial sums of the tile before have been read by all.
-        if (i > 0) mbar_wait(sent + (i - 1) % L::kStages * 8, (i - 1) / L::kStages & 1);
-        store_tile_sums<kMode, false>(sums, mine, lane);
-      } else {
-        store_tile_sums<kMode, true>(sums, mine, lane);
-      }
+    for (int n = 0; n < 2 * kSteps; ++n) {
+      const int next = n + 1;
+      if (next < 2 * kSteps) load_matrices(x[next % 2], (at ^ next / 2 * 32) + next % 2 * kBoxBytes);
+      mix_tile_step<kMode>(sums[n % 2], weight[n % 2][n / 2], x[n % 2]);
     }
-    if (warp / (kMixWarps / 2) != i % 2) {
+    // The sums that lie there, of the tile before the last one, have been read by all.
+    if (i > 1) mbar_wait(sent + (i - 2) % L::kStages * 8, (i - 2) / L::kStages & 1);
+    float* partial = reinterpret_cast<float*>(memory + L::kPartial + i % 2 * kPartialBytes);
+    const int thread = thread_again(), lane = thread % 32;
+    store_tile_sums<kMode>(sums, partial + thread / 32 * kUnitSums, lane);
+    // Half of the warps add up a tile's sums while the others go on to the next one.
+    if (thread / (kMixers / 2) != i % 2) {
       barrier_arrive(1 + i % 2, kMixers);
       continue;
     }
     named_barrier(1 + i % 2, kMixers);
-    if (adds) {
+    // A thread adds four: four mixes of a token, or the squares of four tokens.
+    const int adder = thread % (kMixers / 2);
+    const bool squares = adder >= kTile * kMixes / 4;
+    const int token = squares ? adder * 4 - kTile * kMixes : adder * 4 / kMixes;
+    if (adder < kAdders && (kMode != Mode::kHead || squares || adder * 4 % kMixes == 0)) {
       const float4* fours = reinterpret_cast<const float4*>(partial) + adder;
       float4 sum = fours[0];
 #pragma unroll
@@ -188,7 +188,8 @@ __device__ __forceinline__ void mix_tiles(const Arguments& args, const Maps& map
         sum.w += more.w;
       }
       const Words words = words_of(args, share, i);
-      uint64_t* to = words.sums + word;
+      uint64_t* to = words.sums + (token * args.slabs + share.slab) * kRecord +
+                     (squares ? kSquares : adder * 4 % kMixes);
       if (squares) {
 #pragma unroll
         for (int n = 0; n < 4; ++n) store_word(to + n * args.slabs * kRecord, (&sum.x)[n], words.tag);
@@ -202,7 +203,7 @@ __device__ __forceinline__ void mix_tiles(const Arguments& args, const Maps& map
   }
   // The block's shared memory is given up when it ends: no store may still read it.
   if constexpr (kPost) {
-    if (thread == 0) stores_have_read<0>();
+    if (threadIdx.x == 0) stores_have_read<0>();
   }
 }
 

@@ -11,20 +11,21 @@ constexpr int kTile = 16;  // tokens
 constexpr int kSums = kRecord * kTile;
 constexpr int kMixes = 24;
 constexpr int kUnitSums = kTile * (kMixes + 1);  // of a unit: the mixes of each token, then the squares
+constexpr int kPartialBytes = 8 * kUnitSums * 4;  // of a tile: the sums of each mixing warp
 constexpr int kAdders = kUnitSums / 4;           // threads that add up four sums each
 constexpr int kMixWarps = 8;  // two units each
 constexpr int kMixers = kMixWarps * 32;
-constexpr int kColumnWarps = 4;  // collapse kPart tokens of a tile each
+constexpr int kColumnWarps = 8;  // collapse kPart tokens of a tile each
 constexpr int kPart = kTile / kColumnWarps;
 constexpr int kServers = 3;      // finish the tokens that the block owns, each every third tile
 constexpr int kAllThreads = kMixers + (kColumnWarps + 1 + kServers) * 32;
 constexpr int kTogether = 8;  // slabs whose words a server waits for at once
-constexpr int kRing = 8;      // tiles whose words are kept: those of all stages and two more
-constexpr int kHeldTiles = 2;  // whose collapsed rows wait for their norm
+constexpr int kLag = 2;        // tiles that are collapsed before the norm of a tile
+constexpr int kRing = 10;      // tiles whose words are kept: those of all stages, kLag and two more
 constexpr int kSides = 2;  // of a and the factors, which are free once the streams are made
 constexpr int kStreamBytes = kSlab * 2;
-// A tile lies as four boxes of 64 columns. A row of 128 bytes holds those of a token's stream, its 16-byte
-// pieces swapped by the row's number: tokens and streams at the same columns lie in different banks.
+// A tile lies as four boxes of 64 columns. A row of 128 bytes holds those of a stream of a token, its 16-byte
+// pieces swapped by the row's number: eight tokens at the same columns lie in different banks.
 constexpr int kBoxColumns = 64;
 constexpr int kBoxes = kSlab / kBoxColumns;
 constexpr int kBoxBytes = kTile * kStreams * kBoxColumns * 2;
@@ -33,21 +34,22 @@ constexpr int kFactorBytes = (kStreams + 16) * 4;
 constexpr int kSideBytes = kTile * (kStreamBytes + kFactorBytes);
 
 // Registers of a thread of the mixing warps, the column warps, the others: no role may spill.
-template <Mode kMode>
+template <bool kNorm>
 struct Registers {
-  static constexpr bool kPost = kMode == Mode::kPostPre;
-  static constexpr int kMix = kPost ? 208 : 200, kColumns = kPost ? 56 : 64, kOthers = kPost ? 40 : 48;
-  static_assert((2 * kMix + kColumns + kOthers) * 128 <= 64 * 1024, "registers of a multiprocessor");
+  static constexpr int kMix = kNorm ? 152 : 168, kColumns = kNorm ? 64 : 48, kOthers = 48;
+  static_assert((kMixWarps * kMix + kColumnWarps * kColumns + 4 * kOthers) * 32 <=
+                    65536 / kAllThreads / 8 * 8 * kAllThreads,
+                "registers that a block starts with");
 };
 
-template <Mode kMode, bool kNorm>
+template <Mode kMode>
 struct Layout {
   static constexpr int kStages = kMode == Mode::kPostPre ? 5 : 6;  // tiles of streams
+  static_assert(kRing > kStages + kLag, "no block sends words of a tile whose slot another one still reads");
   static constexpr int kSide = kStages * kStageBytes;
   static constexpr int kPartial = kSide + (kMode == Mode::kPostPre ? kSides * kSideBytes : 0);
-  static constexpr int kHeld = kPartial + kMixWarps * kUnitSums * 4;  // collapsed rows before their norm
-  static constexpr int kWeight = kHeld + (kNorm ? kHeldTiles * kTile * kStreamBytes : 0);  // of the norm
-  static constexpr int kFull = kWeight + (kNorm ? kSlab * 4 : 0);
+  static constexpr int kWeight = kPartial + 2 * kPartialBytes;  // of the norm
+  static constexpr int kFull = kWeight + kSlab * 4;
   // Per stage: loaded; streams made; sums sent; free.
   static constexpr int kBytes = kFull + 4 * kStages * 8;
   static_assert(kBytes <= 227 * 1024, "shared memory of one block");
@@ -107,12 +109,6 @@ __device__ __forceinline__ Words words_of(const Arguments& args, const Share& sh
           factors + slots * kTile * kStreams + slot * kTile * args.slabs, share.epoch + i / kRing + 1};
 }
 
-// Where eight columns, a piece of 0..31, of a token's stream lie in a tile.
-__device__ __forceinline__ int piece_at(int token, int stream, int piece) {
-  const int row = token * kStreams + stream;
-  return piece / 8 * kBoxBytes + row * 128 + ((piece ^ row) & 7) * 16;
-}
-
 // What the copy engine reads and writes: boxes of 64 columns and all streams; of a, all columns.
 struct Maps {
   CUtensorMap x, a, streams;
@@ -129,7 +125,7 @@ __device__ __forceinline__ void load_box(uint32_t smem, const CUtensorMap* map, 
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
       " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(smem),
-      "l"(map), "r"(bar), "r"(column), "r"(0), "r"(token), "l"(evict_first())
+      "l"(map), "r"(bar), "r"(column), "r"(token), "r"(0), "l"(evict_first())
       : "memory");
 }
 __device__ __forceinline__ void load_rows(uint32_t smem, const CUtensorMap* map, int column, int token,
@@ -144,7 +140,7 @@ __device__ __forceinline__ void store_box(const CUtensorMap* map, uint32_t smem,
   asm volatile(
       "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group.L2::cache_hint"
       " [%0, {%2, %3, %4}], [%1], %5;" ::"l"(map),
-      "r"(smem), "r"(column), "r"(0), "r"(token), "l"(evict_first())
+      "r"(smem), "r"(column), "r"(token), "r"(0), "l"(evict_first())
       : "memory");
 }
 __device__ __forceinline__ void stores_end() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }

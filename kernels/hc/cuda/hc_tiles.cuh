@@ -11,10 +11,10 @@ namespace causeway {
 namespace hc {
 
 // A serving warp: finishes this block's token of every third tile.
-template <Mode kMode, bool kNorm>
+template <Mode kMode>
 __device__ __forceinline__ void serve_tiles(const Arguments& args, uint32_t full, const Share& share,
                                             int who, int lane) {
-  using L = Layout<kMode, kNorm>;
+  using L = Layout<kMode>;
   const uint32_t sent = full + 2 * L::kStages * 8;
   const int record = lane < (kMode == Mode::kHead ? kStreams : kMixes) ? lane : kSquares;
   const Affine affine = load_affine<kMode>(args, record);
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(128) comb_kernel(float* comb, int64_t tokens, 
 template <Mode kMode, bool kNorm>
 __global__ void __launch_bounds__(kAllThreads, 1) hc_kernel(const __grid_constant__ Arguments args,
                                                                const __grid_constant__ Maps maps) {
-  using L = Layout<kMode, kNorm>;
+  using L = Layout<kMode>;
   constexpr bool kPost = kMode == Mode::kPostPre;
   extern __shared__ __align__(1024) char memory[];
   __shared__ Share share;
@@ -100,13 +100,13 @@ __global__ void __launch_bounds__(kAllThreads, 1) hc_kernel(const __grid_constan
   }
   __syncthreads();
   if (warp < kMixWarps) {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers<kMode>::kMix));
-    mix_tiles<kMode, kNorm>(args, maps, memory, full, share);
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers<kNorm>::kMix));
+    mix_tiles<kMode>(args, maps, memory, full, share);
   } else if (warp < kMixWarps + kColumnWarps) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers<kMode>::kColumns));
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers<kNorm>::kColumns));
     column_tiles<kMode, kNorm>(args, memory, full, share, warp - kMixWarps, lane);
   } else {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers<kMode>::kOthers));
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers<kNorm>::kOthers));
     if (warp == kMixWarps + kColumnWarps) {
       for (int i = 0; lane == 0 && i < share.tiles; ++i) {
         const int stage = i % L::kStages;
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kAllThreads, 1) hc_kernel(const __grid_constan
                          (int64_t)(share.group + i * args.groups) * kTile, share.slab);
       }
     } else if (share.slab < kTile) {
-      serve_tiles<kMode, kNorm>(args, full, share, warp - kMixWarps - kColumnWarps - 1, lane);
+      serve_tiles<kMode>(args, full, share, warp - kMixWarps - kColumnWarps - 1, lane);
     }
   }
   __syncwarp();
