@@ -37,6 +37,12 @@
   X(21, 32, 1, 64, 8, 2)   \
   X(22, 32, 1, 128, 10, 1)
 
+// Tiles of overlap.cuh: X(index, blocks, columns, stages).
+#define SHAPES_OVERLAP(X)  \
+  X(23, 1, 96, 5)          \
+  X(24, 1, 128, 5)         \
+  X(25, 2, 128, 5)
+
 #define CAUSEWAY_SHAPE_NAME(index) gemm_shape_##index
 
 #define CAUSEWAY_SHAPE_SIGNATURE(index)                                                     \
@@ -55,4 +61,8 @@
   CAUSEWAY_SHAPE_SIGNATURE(index) {                                                            \
     using Pair = PairShape<blocks, columns, product, stages>;                                  \
     return launch_pair<Pair>(maps, args, gate, grid, stream);                                  \
+  }
+#define CAUSEWAY_DEFINE_OVERLAP(index, blocks, columns, stages)                                    \
+  CAUSEWAY_SHAPE_SIGNATURE(index) {                                                            \
+    return launch_overlap<OverlapShape<blocks, columns, stages>>(maps, args, gate, grid, stream); \
   }
