@@ -43,8 +43,8 @@ struct TileShape {
   {rows, gated ? 128 : 256, rows < 64 ? rows : 64, 128, 64, 1, CAUSEWAY_SHAPE_NAME(index)},
 #define PAIR_ENTRY(index, blocks, columns, product, ...)                                        \
   {128 * blocks, columns, 128, columns / blocks, product % 64 == 0 ? 64 : 32, blocks, CAUSEWAY_SHAPE_NAME(index)},
-#define OVERLAP_ENTRY(index, blocks, columns, ...)                                              \
-  {128 * blocks, columns, 128, columns / blocks, columns % 64 == 0 ? 64 : 32, blocks, CAUSEWAY_SHAPE_NAME(index)},
+#define OVERLAP_ENTRY(index, columns, ...) \
+  {128, columns, 128, columns, columns % 64 == 0 ? 64 : 32, 1, CAUSEWAY_SHAPE_NAME(index)},
 const TileShape kTiles[] = {SHAPES_SMALL(ENTRY) SHAPES_LARGE(ENTRY) SHAPES_WIDE(WIDE_ENTRY)
                             SHAPES_PAIR(PAIR_ENTRY) SHAPES_HALF(ENTRY) SHAPES_OVERLAP(OVERLAP_ENTRY)};
 

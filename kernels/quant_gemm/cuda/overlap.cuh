@@ -1,6 +1,5 @@
-// Tiles of 128 rows and at most 128 columns for many rows: a warpgroup of 64 rows holds the products of two blocks of K,
-// so that the next one runs while one is scaled and added. S::kBlocks blocks of threads (a cluster) hold different rows
-// against the same columns, and each brings its share of the weight to all. Sums have the order of gemm.cuh, and so the
+// Tiles of 128 rows and at most 128 columns for many rows of few columns: a warpgroup of 64 rows holds the products of
+// two blocks of K, so that the next one runs while one is scaled and added. Sums have the order of gemm.cuh, and so the
 // same bits.
 //
 // One warp keeps a ring of stages full; three bring the scales of all of K, a tile ahead. One weight only: no groups.
@@ -18,10 +17,10 @@
 
 namespace causeway {
 
-template <int BLOCKS, int BN, int STAGES>
+template <int BN, int STAGES, int EARLY>
 struct OverlapShape {
-  static constexpr int kBlocks = BLOCKS, kBlockRows = 128, kRows = kBlocks * kBlockRows;
-  static constexpr int kColumns = BN, kStages = STAGES, kEarly = 3;  // stages of the weight before the rows'
+  static constexpr int kBlocks = 1, kBlockRows = 128, kRows = 128;
+  static constexpr int kColumns = BN, kStages = STAGES, kEarly = EARLY;  // stages of the weight before the rows'
   static constexpr int kProductColumns = BN, kProducts = 1, kParts = BN / 2;
   static constexpr int kGroup = largest_common(BN, 128), kGroups = BN / kGroup;  // columns that share a scale
   static constexpr int kABytes = kBlockRows * kBlockK, kBBytes = BN * kBlockK;
@@ -39,7 +38,7 @@ struct OverlapShape {
   static constexpr int kSharedBytes = kScaleOffset + 2 * kScaleBytes;
 
   static_assert(kSharedBytes <= 232448, "more shared memory than a block may have");
-  static_assert((2 * STAGES + 4) * 8 <= 128 && BN / BLOCKS * kBlockK % 1024 == 0, "barriers, swizzled tiles");
+  static_assert((2 * STAGES + 4) * 8 <= 128 && BN * kBlockK % 1024 == 0, "barriers, swizzled tiles");
 };
 
 __device__ __forceinline__ uint32_t load_word(uint32_t address) {
@@ -48,8 +47,8 @@ __device__ __forceinline__ uint32_t load_word(uint32_t address) {
   return v;
 }
 
-// The scales of a tile, by three warps: bytes of the weight's two lines, and of each row a word for four blocks. Rows past
-// the last repeat it.
+// The scales of a tile, by three warps: bytes of the weight's two lines, and of each row a word for four blocks. Rows
+// past the last repeat it.
 template <class S>
 __device__ __forceinline__ void bring_weight_scales(const GemmArguments& args, const Tile& tile, uint8_t* to, int at) {
   const int first = (args.row_offset + tile.column) / 128;
@@ -65,7 +64,7 @@ template <class S>
 __device__ __forceinline__ void bring_row_scales(const GemmArguments& args, const Tile& tile, uint32_t to, int warp,
                                                  int lane) {
   const int words = (args.k_blocks + 3) / 4;
-#pragma unroll 2
+#pragma unroll 3
   for (int w = warp; w < words; w += S::kScaleWarps) {
 #pragma unroll
     for (int r = 0; r < S::kBlockRows; r += 32) {
@@ -77,14 +76,13 @@ __device__ __forceinline__ void bring_row_scales(const GemmArguments& args, cons
 }
 
 template <class S>
-__global__ void __cluster_dims__(S::kBlocks, 1, 1) __launch_bounds__(S::kThreads, 1)
+__global__ void __launch_bounds__(S::kThreads, 1)
     overlap_kernel(const __grid_constant__ Maps maps, const __grid_constant__ GemmArguments args) {
   extern __shared__ __align__(1024) uint8_t shared[];  // the swizzle asks for 1024
   const uint32_t stages = smem_address(shared);
   const uint32_t full = stages + S::kBarrierOffset, empty = full + S::kStages * 8;
   const uint32_t scaled = empty + S::kStages * 8, unscaled = scaled + 16;
   const int warp = __shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  const int rank = S::kBlocks == 1 ? 0 : cluster_rank();
 
   if (warp == S::kWarps && elect_one()) {
     prefetch_map(&maps.b);
@@ -92,7 +90,7 @@ __global__ void __cluster_dims__(S::kBlocks, 1, 1) __launch_bounds__(S::kThreads
     prefetch_map(&maps.out);
     for (int i = 0; i < S::kStages; ++i) {
       mbar_init(full + i * 8, 1);
-      mbar_init(empty + i * 8, S::kBlocks * S::kWarps);
+      mbar_init(empty + i * 8, S::kWarps);
     }
     for (int i = 0; i < 2; ++i) {
       mbar_init(scaled + i * 8, S::kScaleWarps * 32);
@@ -101,9 +99,8 @@ __global__ void __cluster_dims__(S::kBlocks, 1, 1) __launch_bounds__(S::kThreads
     mbar_fence_init();
   }
   __syncthreads();
-  if constexpr (S::kBlocks > 1) cluster_sync();
 
-  PairWalk<S> walk(args, rank);
+  PairWalk<S> walk(args, 0);
   Tile tile = walk.next();
   Slot<S::kStages> slot;
   if (warp >= S::kWarps) {
@@ -111,20 +108,13 @@ __global__ void __cluster_dims__(S::kBlocks, 1, 1) __launch_bounds__(S::kThreads
     if (warp == S::kWarps) {
       if (elect_one()) {
         auto load_rows = [&](int kb) {
-          if (tile.row >= args.rows) return;  // the second block of the last rows
           load_2d(&maps.a, stages + slot.stage * S::kStageBytes, full + slot.stage * 8, kb * kBlockK - args.col_offset,
                   tile.row);
         };
         auto load_weight = [&](int kb) {
-          constexpr int kShare = S::kColumns / S::kBlocks;
-          mbar_expect(full + slot.stage * 8, S::kBBytes + (tile.row < args.rows ? S::kABytes : 0));
-          const uint32_t b = stages + slot.stage * S::kStageBytes + S::kABytes + rank * (kShare * kBlockK);
-          const int column = kb * kBlockK - args.col_offset, line = tile.column + rank * kShare;
-          if constexpr (S::kBlocks == 1) {
-            load_3d(&maps.b, b, full + slot.stage * 8, column, line, 0);
-          } else {
-            load_3d_all(&maps.b, b, full + slot.stage * 8, column, line, 0, (1 << S::kBlocks) - 1);
-          }
+          mbar_expect(full + slot.stage * 8, S::kStageBytes);
+          load_3d(&maps.b, stages + slot.stage * S::kStageBytes + S::kABytes, full + slot.stage * 8,
+                  kb * kBlockK - args.col_offset, tile.column, 0);
         };
         // A weight does not come from the previous kernel: the ring may fill already. But few stages: the first rows
         // come behind them.
@@ -163,7 +153,6 @@ __global__ void __cluster_dims__(S::kBlocks, 1, 1) __launch_bounds__(S::kThreads
     wait_for_previous();
     const int group_row = warp / 4 * 64;
     const uint32_t staging = stages + S::kStagingOffset + warp * S::kStagingWarp;
-    const uint32_t released = S::kBlocks == 1 ? empty : in_block(empty, lane % S::kBlocks);  // of each block
     float sum[S::kParts], part[2][S::kParts], s[S::kGroups][2];
     uint32_t words[4];  // of four blocks: two rows, two lines of the weight
     auto scales = [&](int kb, uint32_t from) {
@@ -195,7 +184,7 @@ __global__ void __cluster_dims__(S::kBlocks, 1, 1) __launch_bounds__(S::kThreads
     };
     auto finish = [&](float(&from)[S::kParts], int stage) {
       fence_regs(from);
-      if (lane < S::kBlocks) mbar_arrive_in(released + stage * 8);
+      if (lane == 0) mbar_arrive(empty + stage * 8);
 #pragma unroll
       for (int i = 0; i < S::kParts; i += 4) {
         const float(&f)[2] = s[(i * 2) / S::kGroup];
@@ -243,10 +232,6 @@ __global__ void __cluster_dims__(S::kBlocks, 1, 1) __launch_bounds__(S::kThreads
       tile = walk.next();
     }
     if (lane == 0) bulk_wait_read();
-  }
-  if constexpr (S::kBlocks > 1) {
-    __syncwarp();
-    cluster_sync();  // the other's copies and arrivals come to an end
   }
 }
 
