@@ -32,7 +32,8 @@ def linear_quant(rows: QuantRows, w: PreparedWeight, *, out_dtype: torch.dtype) 
     if w.in_features == 0:
         return out.zero_()
     processors = cuda_launch.multiprocessors(rows.device.index)
-    multiply(tuning.choose(out.shape[0], out.shape[1], processors), rows, weight, out)
+    tile = tuning.choose(out.shape[0], out.shape[1], weight.scale.shape[1], processors)
+    multiply(tile, rows, weight, out)
     return out
 
 

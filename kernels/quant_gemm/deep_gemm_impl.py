@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import deep_gemm
@@ -21,7 +22,7 @@ from kernels.backend import DEEP_GEMM
 from kernels.linear.api import PreparedWeight
 from kernels.linear.device_weight import Fp8Weight
 from kernels.nvcc import check_launch, load_library, pointer, stream
-from kernels.quant_gemm import cuda_impl, tuning
+from kernels.quant_gemm import cuda_impl, cuda_launch, tuning
 from kernels.quant_rows.api import QuantRows, empty_quant_rows
 
 _SOURCE = Path(__file__).parent / "deep_gemm" / "scales.cu"
@@ -73,7 +74,9 @@ def linear_quant(rows: QuantRows, w: PreparedWeight, *, out_dtype: torch.dtype) 
         done += height
     if done < count:
         rest = QuantRows(q=rows.q[done:], scale=rows.scale[done:], col_offset=rows.col_offset)
-        tile = tuning.choose(count - done, weight.out_features, _processors(rows.device.index))
+        processors = cuda_launch.multiprocessors(rows.device.index)
+        columns, blocks = weight.out_features, weight.scale.shape[1]
+        tile = tuning.choose(count - done, columns, blocks, processors)
         cuda_impl.multiply(tile, rest, weight, out[done:])
     return out
 
@@ -97,10 +100,21 @@ def multiply(rows: QuantRows, data: Tensor, scale: Tensor, out: Tensor) -> None:
         stream(out),
     )
     check_launch("linear_quant: scales", code)
-    with DEEP_GEMM.named("fp8_gemm_nt"):
+    with DEEP_GEMM.named("fp8_gemm_nt"), _early_start():
         deep_gemm.fp8_gemm_nt(
             (rows.q, row_scale.t()[:count]), (data, weight_scale), out, disable_ue8m0_cast=True
         )
+
+
+@contextmanager
+def _early_start() -> Iterator[None]:
+    """DeepGEMM's kernel may start while the scales are made; it waits for them itself."""
+    before = deep_gemm.get_pdl()
+    deep_gemm.set_pdl(True)
+    try:
+        yield
+    finally:
+        deep_gemm.set_pdl(before)
 
 
 def _served(w: Fp8Weight, out_dtype: torch.dtype) -> bool:
@@ -130,8 +144,3 @@ def _library() -> ctypes.CDLL:
         *(address, wide, address, address),
     )
     return library
-
-
-@functools.cache
-def _processors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

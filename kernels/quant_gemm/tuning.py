@@ -48,6 +48,11 @@ PAIRS = (  # of one weight and more than 128 rows
     Tile(17, 256, 192, 0.55, 2),
     Tile(18, 256, 96, 0.35, 2),
 )
+OVERLAPS = (  # of one weight, more than 128 rows, at most OVERLAP_BLOCKS blocks of K, and one wave
+    Tile(23, 128, 96, 0.30),
+    Tile(24, 128, 128, 0.34),
+)
+OVERLAP_BLOCKS = 128
 GATED = {16: Tile(12, 16, 128, 0.5), 64: Tile(13, 64, 128, 0.5), 128: Tile(14, 128, 128, 0.64)}
 _GROUPED = {16: TILES[3], 64: TILES[7], 128: TILES[11]}
 _FEW_ROWS = 64  # of all experts together
@@ -84,18 +89,25 @@ _PACKED_MEANS = (
 )
 
 
-def choose(rows: int, columns: int, multiprocessors: int) -> Tile:
-    """The tile for one weight: the one whose waves over the machine take the least time."""
+def choose(rows: int, columns: int, blocks: int, multiprocessors: int) -> Tile:
+    """The tile for one weight of ``blocks`` blocks of K: its waves take the least time."""
+
+    def count(tile: Tile) -> int:
+        return -(-rows // tile.rows) * -(-columns // tile.columns)
 
     def cost(tile: Tile) -> tuple[float, int]:
-        count = -(-rows // tile.rows) * -(-columns // tile.columns)
-        return -(-count // (multiprocessors // tile.blocks)) * tile.step_us, -tile.columns
+        waves = -(-count(tile) // (multiprocessors // tile.blocks))
+        return waves * tile.step_us, -tile.columns
 
     # A tile with many rows beyond the last is slow: the copy engine fills them with zeros one by one.
     few = next((height for height in (16, 32, 64) if rows <= height), None)
     heights = (64, 128) if few is None else (few,)
     tiles = [tile for tile in TILES if tile.rows in heights]
-    return min((*tiles, *PAIRS) if rows > 128 else tiles, key=cost)
+    if rows > 128:
+        tiles += PAIRS
+        if blocks <= OVERLAP_BLOCKS:
+            tiles += [tile for tile in OVERLAPS if count(tile) <= multiprocessors]
+    return min(tiles, key=cost)
 
 
 def choose_grouped(rows: int, groups: int) -> Tile:

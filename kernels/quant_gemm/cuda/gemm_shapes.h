@@ -1,6 +1,6 @@
 // Every tile shape that is compiled; kernels/quant_gemm/tuning.py names them by their index here, which is their
-// place in the order SMALL, LARGE, WIDE, HALF. Tiles of gemm.cuh: X(index, rows, warpgroups, columns, stages, blocks of
-// K in a stage). Tiles of wide.cuh: X(index, rows, warpgroups, stages, gated).
+// place in the order SMALL, LARGE, WIDE, PAIR, HALF, OVERLAP. Tiles of gemm.cuh: X(index, rows, warpgroups, columns,
+// stages, blocks of K in a stage). Tiles of wide.cuh: X(index, rows, warpgroups, stages, gated).
 #pragma once
 
 #define SHAPES_SMALL(X)    \
@@ -37,6 +37,11 @@
   X(21, 32, 1, 64, 8, 2)   \
   X(22, 32, 1, 128, 10, 1)
 
+// Tiles of overlap.cuh: X(index, columns, stages, stages of the weight that are brought before the rows').
+#define SHAPES_OVERLAP(X)  \
+  X(23, 96, 5, 3)          \
+  X(24, 128, 5, 3)
+
 #define CAUSEWAY_SHAPE_NAME(index) gemm_shape_##index
 
 #define CAUSEWAY_SHAPE_SIGNATURE(index)                                                     \
@@ -55,4 +60,8 @@
   CAUSEWAY_SHAPE_SIGNATURE(index) {                                                            \
     using Pair = PairShape<blocks, columns, product, stages>;                                  \
     return launch_pair<Pair>(maps, args, gate, grid, stream);                                  \
+  }
+#define CAUSEWAY_DEFINE_OVERLAP(index, columns, stages, early)                                     \
+  CAUSEWAY_SHAPE_SIGNATURE(index) {                                                            \
+    return launch_overlap<OverlapShape<columns, stages, early>>(maps, args, gate, grid, stream); \
   }

@@ -145,7 +145,7 @@ __device__ __forceinline__ void store_pair(const GemmArguments& args, const CUte
     store_float(args, tile, sum, warp * 16 + lane / 4, lane);
     return;
   }
-  if (!args.out_is_mapped) {
+  if (!args.out_is_mapped || tile.column < 0) {  // the copy engine stores at no negative column
     __nv_bfloat16* out = static_cast<__nv_bfloat16*>(args.out);
 #pragma unroll
     for (int i = 0; i < S::kParts; ++i) {

@@ -1,4 +1,5 @@
-// E8M0 scales as DeepGEMM reads them: float32, the rows' scales column by column.
+// E8M0 scales as DeepGEMM reads them: float32, the rows' scales column by column. Launched so that it may start while
+// the kernel ahead ends, and lets the product behind it start as early (which waits for all of it before it reads).
 
 #include <cuda_runtime.h>
 
@@ -20,6 +21,8 @@ __global__ void __launch_bounds__(kThreads)
     scales_kernel(const uint8_t* rows, int64_t row_stride, int count, int columns, float* rows_out,
                   int64_t out_stride, const uint8_t* weight, int64_t weight_count,
                   float* weight_out, int row_blocks, int row_parts) {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     if (blockIdx.x < row_parts) {
         const int row = (blockIdx.x % row_blocks) * kThreads + threadIdx.x;
         const int column = blockIdx.x / row_blocks * kWord;
@@ -47,8 +50,15 @@ extern "C" int causeway_scales_to_float(const uint8_t* rows, int64_t row_stride,
     const int row_blocks = (count + kThreads - 1) / kThreads;
     const int row_parts = row_blocks * ((columns + kWord - 1) / kWord);
     const int64_t blocks = row_parts + (weight_count + kThreads - 1) / kThreads;
-    scales_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
-        rows, row_stride, count, columns, rows_out, out_stride, weight, weight_count, weight_out,
-        row_blocks, row_parts);
-    return cudaGetLastError();
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(kThreads);
+    config.stream = stream;
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &early;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, scales_kernel, rows, row_stride, count, columns, rows_out, out_stride, weight,
+                              weight_count, weight_out, row_blocks, row_parts);
 }
