@@ -1,4 +1,4 @@
-"""``hc_pre_norm`` and ``hc_post_pre_norm`` on the GPU: one launch for few tokens, else two."""
+"""``hc_pre_norm`` and ``hc_post_pre_norm`` on the GPU: one launch, and comb's for many tokens."""
 
 from __future__ import annotations
 
