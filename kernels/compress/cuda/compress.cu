@@ -136,13 +136,15 @@ struct ChunkSource {
     for (int i = 0; i < 8; ++i)
       bring_row<D>(share, i, a.rows + row[i] * a.row_stride + mine.col, row[i] >= 0, g[i]);
   }
+  __device__ void complete(const PartOf<D>&, const Pool128Share&, float (&)[8][4]) const {}
   __device__ int64_t position(int64_t entry) const { return a.positions[entry]; }
   __device__ int64_t slot(int64_t entry) const { return slot_of(a, entry); }
 };
 
 // ONE: a cluster makes one entry only.
 template <int D, class T, bool ONE>
-__global__ void __launch_bounds__(kPool128Threads, ONE ? 4 : 3) main128_kernel(const __grid_constant__ Chunk a) {
+__global__ void __launch_bounds__(kPool128Threads, ONE ? 4 : 3)
+    main128_kernel(const __grid_constant__ Chunk a) {
   constexpr int kBlocks = D / 64, kRows = kBlockRows<D>;
   int rank = blockIdx.x % kBlocks;
   int64_t first = blockIdx.x / kBlocks, step = gridDim.x / kBlocks;
@@ -150,8 +152,9 @@ __global__ void __launch_bounds__(kPool128Threads, ONE ? 4 : 3) main128_kernel(c
   if (threadIdx.x < kRows / 16)
     ask_for(a.row_index + first * a.index_stride + rank * kRows + threadIdx.x * 16);
   await_inputs();
-  pool128_entries<D, T>(ChunkSource<D>{a}, a.finish, rank, first, ONE ? first + 1 : a.entries,
-                       ONE ? 1 : step);
+  __shared__ Pool128Share share;
+  pool128_entries<D, T>(ChunkSource<D>{a}, share, a.finish, rank, first, ONE ? first + 1 : a.entries,
+                        ONE ? 1 : step);
 }
 
 // How many clusters of main128_kernel the machine holds: more of them would wait for the first to end.

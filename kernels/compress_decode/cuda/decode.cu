@@ -179,38 +179,42 @@ __global__ void __launch_bounds__(D / 4) step4_kernel(const __grid_constant__ De
   else step4<D, false, T>(a, part, sums);
 }
 
-// Row t's entry for pool128_entries, which also keeps row t: threads whose last row is that one hold it.
+// Row t's entry for pool128_entries, which also keeps row t: threads whose last row is that one have it
+// in shared memory, u where pooling expects it. No row of the ring waits for it, nor for ape.
 template <int D>
 struct StepSource {
   StepRows<D, 1, 128> rows;
-  Quad own;  // without ape
-  int64_t place;  // page slot
+  const float4* own_g;  // without ape
+  int64_t place;        // page slot
   bool keeps;
 
   __device__ __forceinline__ void load(int64_t, const PartOf<D>& mine, Pool128Share& share,
                                        float (&g)[8][4]) const {
-    float ape[4];
-    if (keeps) load_values(rows.part.ape + 127 * D + rows.col, ape);
     if (rows.plain()) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        int j = mine.first + 2 * i;
-        bring_row<D>(share, i, rows.template address<true>(j), j < 127, g[i]);
-      }
+      for (int i = 0; i < 8; ++i)
+        if (i < 7 || !keeps)
+          bring_row<D>(share, i, rows.template address<true>(mine.first + 2 * i), true, g[i]);
     } else {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         int j = mine.first + 2 * i;
-        bring_row<D>(share, i, rows.template address<false>(j), rows.exists(j) && j < 127, g[i]);
+        if (i < 7 || !keeps)
+          bring_row<D>(share, i, rows.template address<false>(j), rows.exists(j), g[i]);
       }
     }
+  }
+  // Behind the wait for all rows.
+  __device__ __forceinline__ void complete(const PartOf<D>& mine, const Pool128Share& share,
+                                           float (&g)[8][4]) const {
     if (keeps) {
-      share.u[7][threadIdx.x] = make_float4(own.u[0], own.u[1], own.u[2], own.u[3]);
-#pragma unroll
-      for (int c = 0; c < 4; ++c) g[7][c] = __fadd_rn(own.g[c], ape[c]);
+      float u[4];
+      load_values((const float*)&share.u[7][threadIdx.x], u);
+      load_values((const float*)own_g, g[7]);
+      rows.add_ape(g[7], 127, 0);
       float* to = rows.a.state + (rows.base + rows.at) * rows.a.state_stride;
       to += rows.part.column + rows.col;
-      store_values(to, own.u);
+      store_values(to, u);
       store_values(to + D, g[7]);
     }
     if (rows.before > 0) {
@@ -228,29 +232,42 @@ struct StepSource {
 // A cluster of D / 64 blocks per row.
 template <int D, class T>
 __global__ void __launch_bounds__(kPool128Threads, 4) step128_kernel(const __grid_constant__ Decode a) {
+  __shared__ Pool128Share share;
+  __shared__ float4 own_g[kPool128Threads];
   constexpr int kBlocks = D / 64;
   const Part& part = a.parts[0];
   int64_t t = blockIdx.x / kBlocks;
   int rank = blockIdx.x % kBlocks;
   const PartOf<D> mine(rank);
-  ask_for_step(a, part, t, rank * 64);
-  await_inputs();
-  int64_t base = a.base[t], last = a.positions[t], slot = part.slots[t];
   bool keeps = mine.first + 14 == 127;
-  Quad own = load_quad<D, 1>(a.rows + t * a.row_stride + part.column, 0, mine.col, keeps);
+  ask_for_step(a, part, t, rank * 64);
+  if (keeps) ask_for(part.ape + 127 * D + mine.col);
+  await_inputs();
+  if (keeps) {
+    const float* own = a.rows + t * a.row_stride + part.column + mine.col;
+    stream_quad_async(&share.u[7][threadIdx.x], own);
+    stream_quad_async(&own_g[threadIdx.x], own + D);
+  }
+  int64_t base = a.base[t], last = a.positions[t], slot = part.slots[t];
   int before = rows_before(a.seq, t, 127);
-  if (base < 0) return;
+  if (base < 0) {
+    copies_wait_all();
+    return;
+  }
   int at = (int)(a.ring & (a.ring - 1) ? (uint32_t)last % (uint32_t)a.ring : last & (a.ring - 1));
   int place = (int)(last & 127);
   if (place != 127) {
-    if (keeps) {
-      add_ape(own.g, part.ape + place * D + mine.col);
-      put_quad<D, 1>(own, a.state + (base + at) * a.state_stride + part.column, 0, mine.col);
-    }
+    if (!keeps) return;
+    Quad own;
+    copies_wait_all();
+    load_values((const float*)&share.u[7][threadIdx.x], own.u);
+    load_values((const float*)&own_g[threadIdx.x], own.g);
+    add_ape(own.g, part.ape + place * D + mine.col);
+    put_quad<D, 1>(own, a.state + (base + at) * a.state_stride + part.column, 0, mine.col);
     return;
   }
-  StepSource<D> source{{a, part, t, last, base, at, before, mine.col}, own, slot, keeps};
-  pool128_entries<D, T>(source, part.finish, rank, t, t + 1, 1);
+  StepSource<D> source{{a, part, t, last, base, at, before, mine.col}, own_g + threadIdx.x, slot, keeps};
+  pool128_entries<D, T>(source, share, part.finish, rank, t, t + 1, 1);
 }
 
 template <int D, int DI, class T>

@@ -148,9 +148,13 @@ struct Part128 {
 };
 
 // The part of a warp; both halves get it.
-__device__ __forceinline__ Part128 pool_part(const float (&g)[8][4], const Pool128Share& share) {
+template <int D, class Source>
+__device__ __forceinline__ Part128 pool_part(const Source& source, const PartOf<D>& mine,
+                                             const Pool128Share& share, float (&g)[8][4]) {
   Part128 p;
   float top[4];
+  copies_wait_all();  // each thread reads what it copied
+  source.complete(mine, share, g);
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
     p.top[c] = g[0][c];
@@ -159,7 +163,6 @@ __device__ __forceinline__ Part128 pool_part(const float (&g)[8][4], const Pool1
     p.top[c] = fmaxf(p.top[c], __shfl_xor_sync(kAll, p.top[c], 16));
     top[c] = finite_top(p.top[c]), p.total[c] = p.sum[c] = 0.0f;
   }
-  copies_wait_all();  // each thread reads what it copied
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     float u[4];
@@ -362,12 +365,13 @@ struct Waiting {
 
 // Main entries pooled from 128 rows: entries first, first + step .. below end, this block being number
 // `rank` of its cluster, and all blocks of the cluster having the same entries. The next entry's rows are
-// read while this one is finished. `source.load(entry, mine, share, g)` brings them.
+// read while this one is finished. `source.load(entry, mine, share, g)` brings them; when they are there,
+// `source.complete(mine, share, g)` may still change them.
 template <int D, class T, class Source>
-__device__ __forceinline__ void pool128_entries(const Source& source, const Finish& f, int rank,
-                                                int64_t first, int64_t end, int64_t step) {
+__device__ __forceinline__ void pool128_entries(const Source& source, Pool128Share& share,
+                                                const Finish& f, int rank, int64_t first, int64_t end,
+                                                int64_t step) {
   constexpr int kBlocks = D / 64, kFinished = 1;
-  __shared__ Pool128Share share;
   __shared__ Waiting waiting[32];
   const PartOf<D> mine(rank);
   int lane = threadIdx.x % 32, col = rank * 64 + lane % 16 * 4;
@@ -390,7 +394,7 @@ __device__ __forceinline__ void pool128_entries(const Source& source, const Fini
         mail_expect(&share.squares_mail, 4 * kBlocks);
       }
     }
-    Part128 part = pool_part(g, share);
+    Part128 part = pool_part(source, mine, share, g);
     bool more = entry + step < end;
     // Warp 0 finished the last entry: so every block has joined that one's parts.
     if (!finishes && round) named_barrier(kFinished, kPool128Threads);
