@@ -180,11 +180,11 @@ __global__ void __launch_bounds__(D / 4) step4_kernel(const __grid_constant__ De
 }
 
 // Row t's entry for pool128_entries, which also keeps row t: threads whose last row is that one have it
-// in shared memory, u where pooling expects it. No row of the ring waits for it, nor for ape.
+// and its ape in shared memory, u where pooling expects it: neither the ring's rows nor pooling waits.
 template <int D>
 struct StepSource {
   StepRows<D, 1, 128> rows;
-  const float4* own_g;  // without ape
+  const float4 *own_g, *own_ape;
   int64_t place;        // page slot
   bool keeps;
 
@@ -211,7 +211,7 @@ struct StepSource {
       float u[4];
       load_values((const float*)&share.u[7][threadIdx.x], u);
       load_values((const float*)own_g, g[7]);
-      rows.add_ape(g[7], 127, 0);
+      causeway::add_ape(g[7], (const float*)own_ape);
       float* to = rows.a.state + (rows.base + rows.at) * rows.a.state_stride;
       to += rows.part.column + rows.col;
       store_values(to, u);
@@ -233,7 +233,7 @@ struct StepSource {
 template <int D, class T>
 __global__ void __launch_bounds__(kPool128Threads, 4) step128_kernel(const __grid_constant__ Decode a) {
   __shared__ Pool128Share share;
-  __shared__ float4 own_g[kPool128Threads];
+  __shared__ float4 own_rest[2][kPool128Threads / 2];  // g and ape of row t
   constexpr int kBlocks = D / 64;
   const Part& part = a.parts[0];
   int64_t t = blockIdx.x / kBlocks;
@@ -242,11 +242,13 @@ __global__ void __launch_bounds__(kPool128Threads, 4) step128_kernel(const __gri
   bool keeps = mine.first + 14 == 127;
   ask_for_step(a, part, t, rank * 64);
   if (keeps) ask_for(part.ape + 127 * D + mine.col);
+  int held = threadIdx.x / 32 * 16 + threadIdx.x % 16;  // one of a warp's halves keeps row t
   await_inputs();
   if (keeps) {
     const float* own = a.rows + t * a.row_stride + part.column + mine.col;
     stream_quad_async(&share.u[7][threadIdx.x], own);
-    stream_quad_async(&own_g[threadIdx.x], own + D);
+    stream_quad_async(&own_rest[0][held], own + D);
+    stream_quad_async(&own_rest[1][held], part.ape + 127 * D + mine.col);
   }
   int64_t base = a.base[t], last = a.positions[t], slot = part.slots[t];
   int before = rows_before(a.seq, t, 127);
@@ -261,12 +263,16 @@ __global__ void __launch_bounds__(kPool128Threads, 4) step128_kernel(const __gri
     Quad own;
     copies_wait_all();
     load_values((const float*)&share.u[7][threadIdx.x], own.u);
-    load_values((const float*)&own_g[threadIdx.x], own.g);
+    load_values((const float*)&own_rest[0][held], own.g);
     add_ape(own.g, part.ape + place * D + mine.col);
     put_quad<D, 1>(own, a.state + (base + at) * a.state_stride + part.column, 0, mine.col);
     return;
   }
-  StepSource<D> source{{a, part, t, last, base, at, before, mine.col}, own_g + threadIdx.x, slot, keeps};
+  StepSource<D> source{{a, part, t, last, base, at, before, mine.col},
+                       &own_rest[0][held],
+                       &own_rest[1][held],
+                       slot,
+                       keeps};
   pool128_entries<D, T>(source, share, part.finish, rank, t, t + 1, 1);
 }
 

@@ -31,11 +31,10 @@ int launch_blocks(Kernel kernel, int64_t blocks, int y, int threads, int cluster
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
   attributes[1].val.clusterDim = {(unsigned)cluster, 1, 1};
-  config.attrs = attributes;
   attributes[2].id = cudaLaunchAttributeClusterSchedulingPolicyPreference;
-  attributes[2].val.clusterSchedulingPolicyPreference =
-      even ? cudaClusterSchedulingPolicyLoadBalancing : cudaClusterSchedulingPolicyDefault;
-  config.numAttrs = cluster > 1 ? 3 : 1;
+  attributes[2].val.clusterSchedulingPolicyPreference = cudaClusterSchedulingPolicyLoadBalancing;
+  config.attrs = attributes;
+  config.numAttrs = cluster > 1 ? even ? 3 : 2 : 1;
   cudaError_t code = cudaLaunchKernelEx(&config, kernel, args);
   return (int)(code == cudaSuccess ? cudaGetLastError() : code);
 }
