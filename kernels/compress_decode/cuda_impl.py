@@ -18,13 +18,14 @@ from kernels.qkv_norm_rope.cuda_impl import (
     CLUSTER,
     INDEX_DIMS,
     LATENT_DIMS,
+    LATENTS,
     LAUNCH,
     PAIRS,
     ROW_MATH,
 )
 
 _FOLDER = Path(__file__).parent / "cuda"
-POOLING = (_FOLDER / "pooling.cuh", ROW_MATH, CLUSTER, LAUNCH)
+POOLING = (_FOLDER / "pooling.cuh", ROW_MATH, CLUSTER, LATENTS, LAUNCH)
 _FLOATS = (torch.float32, torch.bfloat16)
 
 

@@ -57,89 +57,108 @@ __global__ void __launch_bounds__(D / 4, D == 512 ? 6 : 16) main4_kernel(const _
   finish_main_block<D, T>(x, end, a.finish, slot, entry, sums);
 }
 
-constexpr int kIndexWarps = 4;
+constexpr int kIndexWarps = 4, kIndexBlocks = 132 * 4;
 
-// A warp per indexer key. Its u wait in shared memory, to spare registers; so do weight and angles, made
-// while rows are under way: most warps get their last row at about the same time.
+// Indexer keys, a warp per key and turn. The next key's rows are read while one is finished, and no more
+// than that: with all rows asked for at once most keys would be complete only at the end.
 template <int D, class T>
-__global__ void __launch_bounds__(32 * kIndexWarps, 7) index4_kernel(const __grid_constant__ Chunk a) {
-  __shared__ float4 waiting[8][32 * kIndexWarps], turns[32 * kIndexWarps];
-  __shared__ float4 weights[32 * kIndexWarps];
-  ask_for_entries(a, (int64_t)blockIdx.x * kIndexWarps);
-  int64_t asked = (int64_t)blockIdx.x * kIndexWarps + threadIdx.x;
-  if (threadIdx.x < kIndexWarps && asked < a.entries) ask_for(a.row_index + asked * a.index_stride);
-  await_inputs();
-  int64_t entry = (int64_t)blockIdx.x * kIndexWarps + threadIdx.x / 32;
-  if (entry >= a.entries) return;
-  int64_t position = a.positions[entry], slot = slot_of(a, entry);
-  const int64_t* index = a.row_index + entry * a.index_stride;
-  int col = threadIdx.x % (D / 4) * 4;
-  float g[8][4];
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    int64_t row = index[j];
-    const float* u = a.rows + row * a.row_stride + j / 4 * D + col;
-#pragma unroll
-    for (int c = 0; c < 4; ++c) g[j][c] = kNegInf;
-    if (row >= 0) {
-      copy16_async(smem_address(&waiting[j][threadIdx.x]), u, true);
-      load_values(u + 2 * D, g[j]);
-    } else {
-      waiting[j][threadIdx.x] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    }
+__global__ void __launch_bounds__(32 * kIndexWarps, 4) index4_kernel(const __grid_constant__ Chunk a) {
+  __shared__ float4 waiting[8][32 * kIndexWarps];  // u: spares registers
+  int64_t first = blockIdx.x + (int64_t)(threadIdx.x / 32) * gridDim.x;
+  int64_t step = (int64_t)gridDim.x * kIndexWarps;
+  if (threadIdx.x % 32 == 0 && first < a.entries) {
+    ask_for(a.row_index + first * a.index_stride);
+    ask_for(a.positions + first);
+    if (a.slots) ask_for(a.slots + first);
   }
+  if (threadIdx.x == 1) ask_for(a.finish.inv_freq);
+  await_inputs();
+  if (first >= a.entries) return;
+  int col = threadIdx.x % (D / 4) * 4;
+  int64_t row[8], position, slot;
+  auto number = [&](int64_t entry) {
+    const int64_t* index = a.row_index + entry * a.index_stride;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) row[j] = index[j];
+  };
+  float g[8][4];
+  auto bring = [&] {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float* u = a.rows + row[j] * a.row_stride + j / 4 * D + col;
+#pragma unroll
+      for (int c = 0; c < 4; ++c) g[j][c] = kNegInf;
+      if (row[j] >= 0) {
+        copy16_async(smem_address(&waiting[j][threadIdx.x]), u, true);
+        load_values(u + 2 * D, g[j]);
+      } else {
+        waiting[j][threadIdx.x] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      }
+    }
+  };
+  number(first);
+  position = a.positions[first], slot = slot_of(a, first);
+  bring();
   Ending end;
   end.read(a.finish, col, D);
-  end.turn_at(position);
-  turns[threadIdx.x] = make_float4(end.turn[0].x, end.turn[0].y, end.turn[1].x, end.turn[1].y);
-  weights[threadIdx.x] = make_float4(end.weight[0], end.weight[1], end.weight[2], end.weight[3]);
-  copies_wait_all();  // each thread reads what it copied
-  float x[4];
-  pool8(
-      g, [&](int j, float (&u)[4]) { load_values((const float*)&waiting[j][threadIdx.x], u); }, x);
-  load_values((const float*)&weights[threadIdx.x], end.weight);
-  float4 turn = turns[threadIdx.x];
-  end.turn[0] = make_float2(turn.x, turn.y), end.turn[1] = make_float2(turn.z, turn.w);
-  hold<T>(x);
-  finish_index<D, T>(x, end, a.finish, slot, entry);
+  float freq = a.finish.inv_freq[threadIdx.x % 32];
+  for (int64_t entry = first;; entry += step) {
+    int64_t next = entry + step;
+    bool more = next < a.entries;
+    if (more) number(next);
+    end.turn_together(position, freq, col, D);
+    copies_wait_all();  // each thread reads what it copied
+    float x[4];
+    pool8(
+        g, [&](int j, float (&u)[4]) { load_values((const float*)&waiting[j][threadIdx.x], u); }, x);
+    int64_t place = slot;
+    if (more) {
+      bring();
+      position = a.positions[next], slot = slot_of(a, next);
+    }
+    hold<T>(x);
+    finish_index<D, T>(x, end, a.finish, place, entry);
+    if (!more) break;
+  }
 }
 
-// Rows of 64 channels of entries of 128 rows.
 template <int D>
 struct ChunkSource {
   const Chunk& a;
-  int col;
 
-  __device__ __forceinline__ void load(int64_t entry, Pool128Share& share, float (&g)[8][4]) const {
-    const int64_t* index = a.row_index + entry * a.index_stride + threadIdx.x / 16;
+  __device__ __forceinline__ void load(int64_t entry, const PartOf<D>& mine, Pool128Share& share,
+                                       float (&g)[8][4]) const {
+    const int64_t* index = a.row_index + entry * a.index_stride + mine.first;
     int64_t row[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) row[i] = index[i * 16];
+    for (int i = 0; i < 8; ++i) row[i] = index[2 * i];
 #pragma unroll
     for (int i = 0; i < 8; ++i)
-      bring_row<D>(share, i, a.rows + row[i] * a.row_stride + col, row[i] >= 0, g[i]);
+      bring_row<D>(share, i, a.rows + row[i] * a.row_stride + mine.col, row[i] >= 0, g[i]);
   }
+  __device__ void complete(const PartOf<D>&, const Pool128Share&, float (&)[8][4]) const {}
   __device__ int64_t position(int64_t entry) const { return a.positions[entry]; }
   __device__ int64_t slot(int64_t entry) const { return slot_of(a, entry); }
 };
 
-template <int D, class T>
-__global__ void __launch_bounds__(kPool128Threads, 3) main128_kernel(const __grid_constant__ Chunk a) {
-  constexpr int kBlocks = D / 64, kLine = 16;        // row numbers that are asked for at once
-  constexpr int kLines = 128 / kLine / kBlocks;      // by a block
+// ONE: a cluster makes one entry only.
+template <int D, class T, bool ONE>
+__global__ void __launch_bounds__(kPool128Threads, ONE ? 4 : 3)
+    main128_kernel(const __grid_constant__ Chunk a) {
+  constexpr int kBlocks = D / 64, kRows = kBlockRows<D>;
   int rank = blockIdx.x % kBlocks;
   int64_t first = blockIdx.x / kBlocks, step = gridDim.x / kBlocks;
-  int64_t asked = first + threadIdx.x / kLines * step;  // entries of this cluster, the first ones
-  if (threadIdx.x < 32 && asked < a.entries)
-    ask_for(a.row_index + asked * a.index_stride + (rank * kLines + threadIdx.x % kLines) * kLine);
   ask_for_entries(a, first);
+  if (threadIdx.x < kRows / 16)
+    ask_for(a.row_index + first * a.index_stride + rank * kRows + threadIdx.x * 16);
   await_inputs();
-  ChunkSource<D> source{a, rank * 64 + (int)threadIdx.x % 16 * 4};
-  pool128_entries<D, T>(source, a.finish, rank, first, a.entries, step);
+  __shared__ Pool128Share share;
+  pool128_entries<D, T>(ChunkSource<D>{a}, share, a.finish, rank, first, ONE ? first + 1 : a.entries,
+                        ONE ? 1 : step);
 }
 
 // How many clusters of main128_kernel the machine holds: more of them would wait for the first to end.
-template <int D, class T>
+template <int D, class T, bool ONE>
 int clusters_at_once() {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(D / 64);
@@ -150,22 +169,26 @@ int clusters_at_once() {
   config.attrs = &attribute;
   config.numAttrs = 1;
   int count = 0;
-  cudaOccupancyMaxActiveClusters(&count, main128_kernel<D, T>, &config);
+  cudaOccupancyMaxActiveClusters(&count, main128_kernel<D, T, ONE>, &config);
   return std::max(count, 1);
 }
 
 template <int D, class T>
 int main_entries(const Chunk& a, int ratio, cudaStream_t stream) {
   if (ratio == 4) return launch_blocks(main4_kernel<D, T>, a.entries, 1, D / 4, 1, a, stream);
-  static const int at_once = clusters_at_once<D, T>();
-  int64_t clusters = std::min<int64_t>(a.entries, at_once);
-  return launch_blocks(main128_kernel<D, T>, clusters * (D / 64), 1, kPool128Threads, D / 64, a,
-                       stream);
+  static const int single = clusters_at_once<D, T, true>(), most = clusters_at_once<D, T, false>();
+  if (a.entries <= single)
+    return launch_blocks(main128_kernel<D, T, true>, a.entries * (D / 64), 1, kPool128Threads, D / 64,
+                         a, stream, 0, true);
+  // As many entries for each.
+  int64_t turns = (a.entries + most - 1) / most, clusters = (a.entries + turns - 1) / turns;
+  return launch_blocks(main128_kernel<D, T, false>, clusters * (D / 64), 1, kPool128Threads, D / 64, a,
+                       stream, 0, true);
 }
 
 template <int D, class T>
 int index_entries(const Chunk& a, cudaStream_t stream) {
-  int64_t blocks = (a.entries + kIndexWarps - 1) / kIndexWarps;
+  int64_t blocks = std::min<int64_t>(a.entries, kIndexBlocks);
   return launch_blocks(index4_kernel<D, T>, blocks, 1, 32 * kIndexWarps, 1, a, stream);
 }
 

@@ -58,17 +58,25 @@ struct StepRows {
   __device__ __forceinline__ bool is_raw(int j) const {
     return BACK - 1 - j > 0 && BACK - 1 - j <= before && exists(j);
   }
-  // Channels of u of row j; readable also where there is none.
+  // Channels of u of row j; readable also where there is none. PLAIN: all rows are the ring's, which takes
+  // a third of the instructions, and no load starts before them.
+  template <bool PLAIN>
   __device__ __forceinline__ const float* address(int j) const {
     int back = BACK - 1 - j, row = at - back;
-    const float* from = back <= before || !exists(j)
-                            ? a.rows + (t - min(back, before)) * a.row_stride
-                            : a.state + (base + (row < 0 ? row + a.ring : row)) * a.state_stride;
-    return from + part.column + col;
+    row += row < 0 ? a.ring : 0;
+    const int64_t channel = part.column + col;
+    if constexpr (PLAIN) {
+      const float* ring = a.state + base * a.state_stride + channel;
+      return ring + (uint64_t)(uint32_t)row * (uint64_t)a.state_stride;
+    }
+    bool raw = back <= before || !exists(j);
+    int64_t index = raw ? t - min(back, before) : base + row;
+    return (raw ? a.rows : a.state) + index * (raw ? a.row_stride : a.state_stride) + channel;
   }
   // Row j as it lies there. Nothing here waits for a load.
+  template <bool PLAIN>
   __device__ __forceinline__ Quad read(int j, int series) const {
-    return load_quad<D, SERIES>(address(j) - col, series, col, true);
+    return load_quad<D, SERIES>(address<PLAIN>(j) - col, series, col, true);
   }
   __device__ __forceinline__ void add_ape(float (&g)[4], int j, int series) const {
     causeway::add_ape(g, part.ape + (j % (BACK / SERIES) * SERIES + series) * D + col);
@@ -129,8 +137,13 @@ __device__ __forceinline__ void step4(const Decode& a, const Part& part, float* 
   }
   Rows rows{a, part, t, last, base, at, before, mine};
   Quad q[8];
+  if (rows.plain()) {
 #pragma unroll
-  for (int j = 0; j < 7; ++j) q[j] = rows.read(j, j / 4);
+    for (int j = 0; j < 7; ++j) q[j] = rows.template read<true>(j, j / 4);
+  } else {
+#pragma unroll
+    for (int j = 0; j < 7; ++j) q[j] = rows.template read<false>(j, j / 4);
+  }
   Ending end;
   end.read(part.finish, mine, D);
   add_ape(own[0].g, ape);
@@ -166,36 +179,48 @@ __global__ void __launch_bounds__(D / 4) step4_kernel(const __grid_constant__ De
   else step4<D, false, T>(a, part, sums);
 }
 
-// Row t's entry for pool128_entries, which also keeps row t: threads of the last group of 16 hold it.
+// Row t's entry for pool128_entries, which also keeps row t: threads whose last row is that one have it
+// and its ape in shared memory, u where pooling expects it: neither the ring's rows nor pooling waits.
 template <int D>
 struct StepSource {
   StepRows<D, 1, 128> rows;
-  Quad own;  // without ape
-  int64_t place;  // page slot
+  const float4 *own_g, *own_ape;
+  int64_t place;        // page slot
+  bool keeps;
 
-  __device__ __forceinline__ void load(int64_t, Pool128Share& share, float (&g)[8][4]) const {
-    int group = threadIdx.x / 16;
-    bool keeps = group == 15;
-    float ape[4];
-    if (keeps) load_values(rows.part.ape + 127 * D + rows.col, ape);
+  __device__ __forceinline__ void load(int64_t, const PartOf<D>& mine, Pool128Share& share,
+                                       float (&g)[8][4]) const {
+    if (rows.plain()) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      int j = i * 16 + group;
-      bring_row<D>(share, i, rows.address(j), rows.exists(j) && j < 127, g[i]);
+      for (int i = 0; i < 8; ++i)
+        if (i < 7 || !keeps)
+          bring_row<D>(share, i, rows.template address<true>(mine.first + 2 * i), true, g[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        int j = mine.first + 2 * i;
+        if (i < 7 || !keeps)
+          bring_row<D>(share, i, rows.template address<false>(j), rows.exists(j), g[i]);
+      }
     }
+  }
+  // Behind the wait for all rows.
+  __device__ __forceinline__ void complete(const PartOf<D>& mine, const Pool128Share& share,
+                                           float (&g)[8][4]) const {
     if (keeps) {
-      share.u[7][threadIdx.x] = make_float4(own.u[0], own.u[1], own.u[2], own.u[3]);
-#pragma unroll
-      for (int c = 0; c < 4; ++c) g[7][c] = __fadd_rn(own.g[c], ape[c]);
+      float u[4];
+      load_values((const float*)&share.u[7][threadIdx.x], u);
+      load_values((const float*)own_g, g[7]);
+      causeway::add_ape(g[7], (const float*)own_ape);
       float* to = rows.a.state + (rows.base + rows.at) * rows.a.state_stride;
       to += rows.part.column + rows.col;
-      store_values(to, own.u);
+      store_values(to, u);
       store_values(to + D, g[7]);
     }
     if (rows.before > 0) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        int j = i * 16 + group;
+        int j = mine.first + 2 * i;
         if (rows.is_raw(j)) rows.add_ape(g[i], j, 0);
       }
     }
@@ -204,31 +229,51 @@ struct StepSource {
   __device__ int64_t slot(int64_t) const { return place; }
 };
 
-// A cluster of D / 64 blocks per row; a block has 64 channels.
+// A cluster of D / 64 blocks per row.
 template <int D, class T>
-__global__ void __launch_bounds__(kPool128Threads, 3) step128_kernel(const __grid_constant__ Decode a) {
+__global__ void __launch_bounds__(kPool128Threads, 4) step128_kernel(const __grid_constant__ Decode a) {
+  __shared__ Pool128Share share;
+  __shared__ float4 own_rest[2][kPool128Threads / 2];  // g and ape of row t
   constexpr int kBlocks = D / 64;
   const Part& part = a.parts[0];
   int64_t t = blockIdx.x / kBlocks;
   int rank = blockIdx.x % kBlocks;
-  int col = rank * 64 + threadIdx.x % 16 * 4;
-  ask_for_step(a, part, t, col);
+  const PartOf<D> mine(rank);
+  bool keeps = mine.first + 14 == 127;
+  ask_for_step(a, part, t, rank * 64);
+  if (keeps) ask_for(part.ape + 127 * D + mine.col);
+  int held = threadIdx.x / 32 * 16 + threadIdx.x % 16;  // one of a warp's halves keeps row t
   await_inputs();
+  if (keeps) {
+    const float* own = a.rows + t * a.row_stride + part.column + mine.col;
+    stream_quad_async(&share.u[7][threadIdx.x], own);
+    stream_quad_async(&own_rest[0][held], own + D);
+    stream_quad_async(&own_rest[1][held], part.ape + 127 * D + mine.col);
+  }
   int64_t base = a.base[t], last = a.positions[t], slot = part.slots[t];
-  bool keeps = threadIdx.x >= kPool128Threads - 16;
-  Quad own = load_quad<D, 1>(a.rows + t * a.row_stride + part.column, 0, col, keeps);
   int before = rows_before(a.seq, t, 127);
-  if (base < 0) return;
-  int at = (int)((uint32_t)last % (uint32_t)a.ring), place = (int)(last & 127);
-  if (place != 127) {
-    if (keeps) {
-      add_ape(own.g, part.ape + place * D + col);
-      put_quad<D, 1>(own, a.state + (base + at) * a.state_stride + part.column, 0, col);
-    }
+  if (base < 0) {
+    copies_wait_all();
     return;
   }
-  StepSource<D> source{{a, part, t, last, base, at, before, col}, own, slot};
-  pool128_entries<D, T>(source, part.finish, rank, t, t + 1, 1);
+  int at = (int)(a.ring & (a.ring - 1) ? (uint32_t)last % (uint32_t)a.ring : last & (a.ring - 1));
+  int place = (int)(last & 127);
+  if (place != 127) {
+    if (!keeps) return;
+    Quad own;
+    copies_wait_all();
+    load_values((const float*)&share.u[7][threadIdx.x], own.u);
+    load_values((const float*)&own_rest[0][held], own.g);
+    add_ape(own.g, part.ape + place * D + mine.col);
+    put_quad<D, 1>(own, a.state + (base + at) * a.state_stride + part.column, 0, mine.col);
+    return;
+  }
+  StepSource<D> source{{a, part, t, last, base, at, before, mine.col},
+                       &own_rest[0][held],
+                       &own_rest[1][held],
+                       slot,
+                       keeps};
+  pool128_entries<D, T>(source, share, part.finish, rank, t, t + 1, 1);
 }
 
 template <int D, int DI, class T>
@@ -236,7 +281,7 @@ int launch(const Decode& a, int parts, int ratio, cudaStream_t stream) {
   if (ratio == 4)
     return launch_blocks(step4_kernel<D, DI, T>, a.tokens, parts, D / 4, 1, a, stream);
   return launch_blocks(step128_kernel<D, T>, a.tokens * (D / 64), 1, kPool128Threads, D / 64, a,
-                       stream);
+                       stream, 0, true);
 }
 
 template <class T>

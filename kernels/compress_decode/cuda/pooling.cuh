@@ -5,6 +5,7 @@
 // over the groups of 64 in ascending order, whoever holds them.
 #pragma once
 #include "../../qkv_norm_rope/cuda/cluster.cuh"
+#include "../../qkv_norm_rope/cuda/latents.cuh"
 #include "../../qkv_norm_rope/cuda/launch.cuh"
 #include "../../qkv_norm_rope/cuda/row_math.cuh"
 
@@ -87,13 +88,47 @@ __device__ __forceinline__ void pool8(const Quad (&q)[8], float (&x)[4]) {
       x);
 }
 
-// A thread has four channels of rows i * 16 + threadIdx / 16: g in registers, u on their way to shared
-// memory, so that three blocks fit a processor.
-constexpr int kPool128Threads = 256;
+// ---- entries of 128 rows: a cluster of D / 64 blocks -------------------------------------------
+//
+// A block reads whole rows, which mostly lie side by side; a warp pools 64 channels of 16 rows (a part),
+// two rows at once in its halves. Parts go to the block that joins them for its 64 channels.
+
+constexpr int kPool128Threads = 256, kPartRows = 16, kRowParts = 128 / kPartRows;
+
+template <int D>
+constexpr int kBlockRows = 128 * 64 / D;
+
+// What a thread pools: rows first + 2 i for i < 8, channels col .. col + 3.
+template <int D>
+struct PartOf {
+  static constexpr int kBlocks = D / 64;  // of a cluster; as many warps of a block have the same rows
+  int section, part, first, col;
+
+  __device__ explicit PartOf(int rank) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    section = warp % kBlocks, part = rank * (8 / kBlocks) + warp / kBlocks;
+    first = part * kPartRows + lane / 16, col = section * 64 + lane % 16 * 4;
+  }
+};
+
+// g waits in registers and u in shared memory, so that three blocks fit a processor.
 struct Pool128Share {
   float4 u[8][kPool128Threads];
-  float part[3][kPool128Threads / 32][64];
+  float parts[3][kRowParts][64];  // top, total, sum of this block's channels
+  float squares[8];
+  uint64_t parts_mail, squares_mail;
 };
+// Four channels that are read once, to registers and to shared memory.
+__device__ __forceinline__ void stream_quad(const float* from, float (&v)[4]) {
+  asm volatile("ld.global.L1::no_allocate.L2::256B.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+               : "l"(from)
+               : "memory");
+}
+__device__ __forceinline__ void stream_quad_async(float4* to, const float* from) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(smem_address(to)), "l"(from)
+               : "memory");
+}
 // Row i of a thread: `row` points to its channels of u.
 template <int D>
 __device__ __forceinline__ void bring_row(Pool128Share& share, int i, const float* row, bool there,
@@ -101,46 +136,33 @@ __device__ __forceinline__ void bring_row(Pool128Share& share, int i, const floa
 #pragma unroll
   for (int c = 0; c < 4; ++c) g[c] = kNegInf;
   if (there) {
-    // A block reads 256 bytes of a row's u and of its g, each in one piece of memory.
-    asm volatile("ld.global.L1::no_allocate.L2::256B.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(g[0]), "=f"(g[1]), "=f"(g[2]), "=f"(g[3])
-                 : "l"(row + D)
-                 : "memory");
-    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(
-                     smem_address(&share.u[i][threadIdx.x])),
-                 "l"(row)
-                 : "memory");
+    stream_quad(row + D, g);
+    stream_quad_async(&share.u[i][threadIdx.x], row);
   } else {
     share.u[i][threadIdx.x] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   }
 }
 
-// 64 channels of an entry from 128 rows by 256 threads; the lanes of warp 0 get four channels each, its
-// two halves the same ones.
-__device__ __forceinline__ void pool128(const float (&g)[8][4], Pool128Share& share, float (&x)[4]) {
-  constexpr int kWarps = kPool128Threads / 32;
-  int quad = threadIdx.x % 16, warp = threadIdx.x / 32;
-  bool writes = threadIdx.x % 32 < 16;
+struct Part128 {
   float top[4], total[4], sum[4];
+};
+
+// The part of a warp; both halves get it.
+template <int D, class Source>
+__device__ __forceinline__ Part128 pool_part(const Source& source, const PartOf<D>& mine,
+                                             const Pool128Share& share, float (&g)[8][4]) {
+  Part128 p;
+  float top[4];
+  copies_wait_all();  // each thread reads what it copied
+  source.complete(mine, share, g);
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
-    top[c] = g[0][c];
+    p.top[c] = g[0][c];
 #pragma unroll
-    for (int i = 1; i < 8; ++i) top[c] = fmaxf(top[c], g[i][c]);
-    top[c] = fmaxf(top[c], __shfl_xor_sync(kAll, top[c], 16));
+    for (int i = 1; i < 8; ++i) p.top[c] = fmaxf(p.top[c], g[i][c]);
+    p.top[c] = fmaxf(p.top[c], __shfl_xor_sync(kAll, p.top[c], 16));
+    top[c] = finite_top(p.top[c]), p.total[c] = p.sum[c] = 0.0f;
   }
-  if (writes) store_values(&share.part[0][warp][quad * 4], top);
-  __syncthreads();
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    float other[4];
-    load_values(&share.part[0][w][quad * 4], other);
-#pragma unroll
-    for (int c = 0; c < 4; ++c) top[c] = fmaxf(top[c], other[c]);
-  }
-#pragma unroll
-  for (int c = 0; c < 4; ++c) top[c] = finite_top(top[c]), total[c] = sum[c] = 0.0f;
-  copies_wait_all();  // each thread reads what it copied
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     float u[4];
@@ -148,40 +170,61 @@ __device__ __forceinline__ void pool128(const float (&g)[8][4], Pool128Share& sh
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       float w = gate(g[i][c], top[c]);
-      total[c] += w;
-      sum[c] = fmaf(w, u[c], sum[c]);
+      p.total[c] += w;
+      p.sum[c] = fmaf(w, u[c], p.sum[c]);
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    p.total[c] += __shfl_xor_sync(kAll, p.total[c], 16);
+    p.sum[c] += __shfl_xor_sync(kAll, p.sum[c], 16);
+  }
+  return p;
+}
+
+// To the block of these channels: one half of the warp sends the sums, the other the rest.
+__device__ __forceinline__ void send_part(Pool128Share& share, int part, int rank, const Part128& p) {
+  bool second = threadIdx.x % 32 >= 16;
+  int col = threadIdx.x % 16 * 4;
+  float v[4];
+#pragma unroll
+  for (int c = 0; c < 4; ++c) v[c] = second ? p.sum[c] : p.total[c];
+  mail_send4(&share.parts[second ? 2 : 1][part][col], &share.parts_mail, rank, v);
+  if (!second) mail_send4(&share.parts[0][part][col], &share.parts_mail, rank, p.top);
+}
+
+// Joins the parts of 64 channels: the lanes of a warp get four channels each, its two halves the same.
+__device__ __forceinline__ void join_parts(const Pool128Share& share, float (&x)[4]) {
+  constexpr int kHalf = kRowParts / 2;
+  int col = threadIdx.x % 16 * 4, first = threadIdx.x % 32 / 16 * kHalf;
+  float tops[kHalf][4], top[4], total[4], sum[4];
+#pragma unroll
+  for (int p = 0; p < kHalf; ++p) load_values(&share.parts[0][first + p][col], tops[p]);
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    top[c] = tops[0][c];
+#pragma unroll
+    for (int p = 1; p < kHalf; ++p) top[c] = fmaxf(top[c], tops[p][c]);
+    top[c] = finite_top(fmaxf(top[c], __shfl_xor_sync(kAll, top[c], 16)));
+    total[c] = sum[c] = 0.0f;
+  }
+#pragma unroll
+  for (int p = 0; p < kHalf; ++p) {
+    float t[4], s[4];
+    load_values(&share.parts[1][first + p][col], t);
+    load_values(&share.parts[2][first + p][col], s);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      float w = gate(tops[p][c], top[c]);
+      total[c] = fmaf(w, t[c], total[c]), sum[c] = fmaf(w, s[c], sum[c]);
     }
   }
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
     total[c] += __shfl_xor_sync(kAll, total[c], 16);
     sum[c] += __shfl_xor_sync(kAll, sum[c], 16);
+    x[c] = mean_of(sum[c], total[c]);
   }
-  if (writes) {
-    store_values(&share.part[1][warp][quad * 4], total);
-    store_values(&share.part[2][warp][quad * 4], sum);
-  }
-  __syncthreads();
-  if (warp) return;
-  // Each half of warp 0 adds up half of the warps' parts.
-  int first = threadIdx.x / 16 * (kWarps / 2);
-#pragma unroll
-  for (int c = 0; c < 4; ++c) total[c] = sum[c] = 0.0f;
-#pragma unroll
-  for (int w = 0; w < kWarps / 2; ++w) {
-    float t[4], s[4];
-    load_values(&share.part[1][first + w][quad * 4], t);
-    load_values(&share.part[2][first + w][quad * 4], s);
-#pragma unroll
-    for (int c = 0; c < 4; ++c) total[c] += t[c], sum[c] += s[c];
-  }
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    total[c] += __shfl_xor_sync(kAll, total[c], 16);
-    sum[c] += __shfl_xor_sync(kAll, sum[c], 16);
-  }
-#pragma unroll
-  for (int c = 0; c < 4; ++c) x[c] = mean_of(sum[c], total[c]);
 }
 
 // Sum of squares over the 16 lanes that hold 64 channels.
@@ -214,6 +257,16 @@ struct Ending {
     turn[0] = cos_sin(__fmul_rn((float)position, freq[0]));
     turn[1] = cos_sin(__fmul_rn((float)position, freq[1]));
   }
+  // The same where a warp has all pairs: a lane makes the one of its number, whose frequency `own` is.
+  __device__ __forceinline__ void turn_together(int64_t position, float own, int col, int dim) {
+    float2 mine = cos_sin(__fmul_rn((float)position, own));
+    int pair = max(col - (dim - kRope), 0) / 2;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      turn[i].x = __shfl_sync(kAll, mine.x, pair + i);
+      turn[i].y = __shfl_sync(kAll, mine.y, pair + i);
+    }
+  }
 };
 
 // Norm and RoPE of four channels whose row has `total` as its sum of squares.
@@ -232,7 +285,7 @@ __device__ __forceinline__ void norm_rope(float (&x)[4], float total, int dim, c
 // The place of a slot; nothing stores where that is negative.
 __device__ __forceinline__ Place place_in(const Pages& pages, int64_t slot) {
   if (pages.format == kNoPages) return {nullptr, 0};
-  return place_of(pages, max(slot, (int64_t)0));
+  return quick_place_of(pages, max(slot, (int64_t)0));
 }
 
 // The end of a latent; all lanes of a warp call it, `live` ones write.
@@ -273,7 +326,7 @@ __device__ __forceinline__ void finish_index(float (&x)[4], const Ending& end, c
   int byte = index_byte(max_lanes<kLanes>(largest_bits(x)));
   if (live && f.out) store_values((T*)f.out + entry * D + col, x);
   if (!live || f.pages.format == kNoPages || slot < 0) return;
-  Place at = place_of(f.pages, slot);
+  Place at = quick_place_of(f.pages, slot);
   unsigned char* start = at.page + (int64_t)at.offset * f.pages.payload;
   if (f.pages.format == kFp8Index) {
     uint32_t codes[1];
@@ -303,8 +356,6 @@ __device__ __forceinline__ void finish_main_block(float (&x)[4], const Ending& e
   finish_main<T>(x, total, col, D, end, f, at, slot >= 0, entry, true);
 }
 
-// ---- clusters of D / 64 blocks, each with 64 channels of one entry ------------------------------
-
 // What a lane of warp 0 keeps for the end of an entry, out of its registers.
 struct Waiting {
   Ending end;
@@ -314,45 +365,56 @@ struct Waiting {
 
 // Main entries pooled from 128 rows: entries first, first + step .. below end, this block being number
 // `rank` of its cluster, and all blocks of the cluster having the same entries. The next entry's rows are
-// read while this one is finished. `source.load(entry, share, g)` brings them.
+// read while this one is finished. `source.load(entry, mine, share, g)` brings them; when they are there,
+// `source.complete(mine, share, g)` may still change them.
 template <int D, class T, class Source>
-__device__ __forceinline__ void pool128_entries(const Source& source, const Finish& f, int rank,
-                                                int64_t first, int64_t end, int64_t step) {
-  constexpr int kBlocks = D / 64;
-  __shared__ Pool128Share share;
-  __shared__ float sums[2][kBlocks];
-  __shared__ uint64_t mail;
-  if (threadIdx.x == 0) mail_open(&mail);
-  cluster_here();
+__device__ __forceinline__ void pool128_entries(const Source& source, Pool128Share& share,
+                                                const Finish& f, int rank, int64_t first, int64_t end,
+                                                int64_t step) {
+  constexpr int kBlocks = D / 64, kFinished = 1;
   __shared__ Waiting waiting[32];
-  int lane = threadIdx.x % 32, col = rank * 64 + threadIdx.x % 16 * 4;
+  const PartOf<D> mine(rank);
+  int lane = threadIdx.x % 32, col = rank * 64 + lane % 16 * 4;
+  bool finishes = threadIdx.x < 32;
   float g[8][4];
-  source.load(first, share, g);
-  if (threadIdx.x < 32) waiting[lane].end.read(f, col, D);
+  source.load(first, mine, share, g);
+  if (threadIdx.x == 0) mail_open(&share.parts_mail), mail_open(&share.squares_mail);
+  cluster_here();
+  if (finishes) waiting[lane].end.read(f, col, D);
   cluster_all_here();  // every mailbox is open
   uint32_t round = 0;
   for (int64_t entry = first; entry < end; entry += step, ++round) {
-    if (threadIdx.x < 32) {  // while rows are under way
-      Waiting& mine = waiting[lane];
+    if (finishes) {  // while rows are under way
+      Waiting& own = waiting[lane];
       int64_t slot = source.slot(entry);
-      mine.end.turn_at(source.position(entry));
-      mine.at = place_in(f.pages, slot), mine.stores = slot >= 0;
-      if (lane == 0) mail_expect(&mail, 4 * kBlocks);
+      own.end.turn_at(source.position(entry));
+      own.at = place_in(f.pages, slot), own.stores = slot >= 0;
+      if (lane == 0) {
+        mail_expect(&share.parts_mail, sizeof(share.parts));
+        mail_expect(&share.squares_mail, 4 * kBlocks);
+      }
     }
+    Part128 part = pool_part(source, mine, share, g);
+    bool more = entry + step < end;
+    // Warp 0 finished the last entry: so every block has joined that one's parts.
+    if (!finishes && round) named_barrier(kFinished, kPool128Threads);
+    send_part(share, mine.part, mine.section, part);
+    if (more) source.load(entry + step, mine, share, g);
+    if (!finishes) continue;
+    mail_wait(&share.parts_mail, round & 1);
     float x[4];
-    pool128(g, share, x);
-    if (entry + step < end) source.load(entry + step, share, g);
-    if (threadIdx.x >= 32) continue;
+    join_parts(share, x);
     hold<T>(x);
-    float part = square_sum(x);
-    if (lane < kBlocks) mail_send(&sums[round & 1][rank], &mail, lane, __float_as_uint(part));
-    Waiting mine = waiting[lane];
-    mail_wait(&mail, round & 1);
+    float square = square_sum(x);
+    if (lane < kBlocks)
+      mail_send(&share.squares[rank], &share.squares_mail, lane, __float_as_uint(square));
+    Waiting own = waiting[lane];
+    mail_wait(&share.squares_mail, round & 1);
     float total = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kBlocks; ++i) total += sums[round & 1][i];
-    finish_main<T>(x, total, col, D, mine.end, f, mine.at, mine.stores, entry, lane < 16);
-    __syncwarp();
+    for (int i = 0; i < kBlocks; ++i) total += share.squares[i];
+    finish_main<T>(x, total, col, D, own.end, f, own.at, own.stores, entry, lane < 16);
+    if (more) named_barrier_arrive(kFinished, kPool128Threads);
   }
 }
 

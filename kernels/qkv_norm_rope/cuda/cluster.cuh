@@ -33,6 +33,19 @@ __device__ __forceinline__ void mail_send(const void* box, const uint64_t* bar, 
                "r"(value), "r"(counter)
                : "memory");
 }
+// The same of 16 bytes.
+__device__ __forceinline__ void mail_send4(const void* box, const uint64_t* bar, int rank,
+                                           const float (&v)[4]) {
+  uint32_t to, counter;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(smem_address(box)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counter) : "r"(smem_address(bar)), "r"(rank));
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(to),
+      "r"(__float_as_uint(v[0])), "r"(__float_as_uint(v[1])), "r"(__float_as_uint(v[2])),
+      "r"(__float_as_uint(v[3])), "r"(counter)
+      : "memory");
+}
 __device__ __forceinline__ void mail_wait(uint64_t* bar, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\n"
@@ -43,6 +56,11 @@ __device__ __forceinline__ void mail_wait(uint64_t* bar, uint32_t parity) {
       "finished:\n}\n" ::"r"(smem_address(bar)),
       "r"(parity)
       : "memory");
+}
+
+// A warp that others wait for at `named_barrier`, and that does not wait itself.
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 }  // namespace causeway

@@ -14,9 +14,11 @@ __device__ __forceinline__ void ask_for(const void* bytes) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(bytes));
 }
 
+// `even`: clusters spread over the processors. As they are placed without it, one processor is full of
+// them while another has none.
 template <class Kernel, class Args>
 int launch_blocks(Kernel kernel, int64_t blocks, int y, int threads, int cluster, const Args& args,
-                  cudaStream_t stream, int shared_bytes = 0) {
+                  cudaStream_t stream, int shared_bytes = 0, bool even = false) {
   if (blocks == 0) return 0;
   if (blocks > 0x7fffffff) return (int)cudaErrorInvalidConfiguration;
   cudaLaunchConfig_t config{};
@@ -24,13 +26,15 @@ int launch_blocks(Kernel kernel, int64_t blocks, int y, int threads, int cluster
   config.blockDim = dim3((unsigned)threads);
   config.dynamicSmemBytes = (size_t)shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchAttribute attributes[3] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
   attributes[1].val.clusterDim = {(unsigned)cluster, 1, 1};
+  attributes[2].id = cudaLaunchAttributeClusterSchedulingPolicyPreference;
+  attributes[2].val.clusterSchedulingPolicyPreference = cudaClusterSchedulingPolicyLoadBalancing;
   config.attrs = attributes;
-  config.numAttrs = cluster > 1 ? 2 : 1;
+  config.numAttrs = cluster > 1 ? even ? 3 : 2 : 1;
   cudaError_t code = cudaLaunchKernelEx(&config, kernel, args);
   return (int)(code == cudaSuccess ? cudaGetLastError() : code);
 }
