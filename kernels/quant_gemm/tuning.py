@@ -48,6 +48,13 @@ PAIRS = (  # of one weight and more than 128 rows
     Tile(17, 256, 192, 0.55, 2),
     Tile(18, 256, 96, 0.35, 2),
 )
+DUOS = (  # of one weight and 65 to 128 rows
+    Tile(23, 128, 32, 0.115, 2),
+    Tile(24, 128, 64, 0.165, 2),
+    Tile(25, 128, 96, 0.22, 2),
+    Tile(26, 128, 112, 0.255, 2),
+    Tile(27, 128, 128, 0.27, 2),
+)
 GATED = {16: Tile(12, 16, 128, 0.5), 64: Tile(13, 64, 128, 0.5), 128: Tile(14, 128, 128, 0.64)}
 _GROUPED = {16: TILES[3], 64: TILES[7], 128: TILES[11]}
 _FEW_ROWS = 64  # of all experts together
@@ -95,7 +102,9 @@ def choose(rows: int, columns: int, multiprocessors: int) -> Tile:
     few = next((height for height in (16, 32, 64) if rows <= height), None)
     heights = (64, 128) if few is None else (few,)
     tiles = [tile for tile in TILES if tile.rows in heights]
-    return min((*tiles, *PAIRS) if rows > 128 else tiles, key=cost)
+    if few is None:
+        tiles = [*tiles, *PAIRS] if rows > 128 else list(DUOS)
+    return min(tiles, key=cost)
 
 
 def choose_grouped(rows: int, groups: int) -> Tile:

@@ -1,6 +1,6 @@
 // Every tile shape that is compiled; kernels/quant_gemm/tuning.py names them by their index here, which is their
-// place in the order SMALL, LARGE, WIDE, HALF. Tiles of gemm.cuh: X(index, rows, warpgroups, columns, stages, blocks of
-// K in a stage). Tiles of wide.cuh: X(index, rows, warpgroups, stages, gated).
+// place in the order SMALL, LARGE, WIDE, PAIR, HALF, DUO. Tiles of gemm.cuh: X(index, rows, warpgroups, columns,
+// stages, blocks of K in a stage). Tiles of wide.cuh: X(index, rows, warpgroups, stages, gated).
 #pragma once
 
 #define SHAPES_SMALL(X)    \
@@ -37,6 +37,14 @@
   X(21, 32, 1, 64, 8, 2)   \
   X(22, 32, 1, 128, 10, 1)
 
+// Tiles of duo.cuh: X(index, columns, stages, blocks of K in a stage, warpgroups).
+#define SHAPES_DUO(X)      \
+  X(23, 32, 8, 2, 1)       \
+  X(24, 64, 6, 2, 1)       \
+  X(25, 96, 5, 2, 1)       \
+  X(26, 112, 9, 1, 1)      \
+  X(27, 128, 8, 1, 1)
+
 #define CAUSEWAY_SHAPE_NAME(index) gemm_shape_##index
 
 #define CAUSEWAY_SHAPE_SIGNATURE(index)                                                     \
@@ -55,4 +63,9 @@
   CAUSEWAY_SHAPE_SIGNATURE(index) {                                                            \
     using Pair = PairShape<blocks, columns, product, stages>;                                  \
     return launch_pair<Pair>(maps, args, gate, grid, stream);                                  \
+  }
+#define CAUSEWAY_DEFINE_DUO(index, ...)                                                        \
+  CAUSEWAY_SHAPE_SIGNATURE(index) {                                                            \
+    using Duo = DuoShape<__VA_ARGS__>;                                                         \
+    return launch_duo<Duo>(maps, args, gate, grid, stream);                                    \
   }

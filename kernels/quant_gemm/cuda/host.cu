@@ -18,6 +18,7 @@ SHAPES_LARGE(DECLARE)
 SHAPES_WIDE(DECLARE)
 SHAPES_PAIR(DECLARE)
 SHAPES_HALF(DECLARE)
+SHAPES_DUO(DECLARE)
 
 #define DECLARE_PACKED(index, ...) CAUSEWAY_PACKED_SIGNATURE(index);
 SHAPES_PACKED(DECLARE_PACKED)
@@ -42,8 +43,10 @@ struct TileShape {
   {rows, gated ? 128 : 256, rows < 64 ? rows : 64, 128, 64, 1, CAUSEWAY_SHAPE_NAME(index)},
 #define PAIR_ENTRY(index, blocks, columns, product, ...)                                        \
   {128 * blocks, columns, 128, columns / blocks, product % 64 == 0 ? 64 : 32, blocks, CAUSEWAY_SHAPE_NAME(index)},
+#define DUO_ENTRY(index, columns, ...)                                                       \
+  {128, columns, 64, columns / 2, columns % 64 == 0 ? 64 : columns % 32 == 0 ? 32 : 16, 2, CAUSEWAY_SHAPE_NAME(index)},
 const TileShape kTiles[] = {SHAPES_SMALL(ENTRY) SHAPES_LARGE(ENTRY) SHAPES_WIDE(WIDE_ENTRY)
-                            SHAPES_PAIR(PAIR_ENTRY) SHAPES_HALF(ENTRY)};
+                            SHAPES_PAIR(PAIR_ENTRY) SHAPES_HALF(ENTRY) SHAPES_DUO(DUO_ENTRY)};
 
 struct PackedTile {
   int rows, columns;
@@ -94,7 +97,8 @@ int encode_out(CUtensorMap& map, GemmArguments& args, const GateArguments& gate,
   const cuuint32_t box[2] = {gated ? 128u : static_cast<cuuint32_t>(columns), 16};
   const CUtensorMapDataType type = gated ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   return encode(map, type, data, 2, sizes, strides, box,
-                columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B);
+                columns == 16 ? CU_TENSOR_MAP_SWIZZLE_32B
+                              : columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
 }  // namespace

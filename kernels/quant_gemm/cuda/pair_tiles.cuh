@@ -131,6 +131,7 @@ __device__ __forceinline__ float2 load_floats(uint32_t address) {
 template <int Unit>
 __device__ __forceinline__ uint32_t staged(int row, int chunk) {
   if constexpr (Unit == 64) return swizzled(row, chunk);
+  if constexpr (Unit == 16) return (chunk >> 1) * 512 + row * 32 + (((chunk ^ row >> 2) & 1) << 4);
   return (chunk >> 2) * 1024 + row * 64 + (((chunk ^ row >> 1) & 3) << 4);
 }
 
@@ -145,7 +146,7 @@ __device__ __forceinline__ void store_pair(const GemmArguments& args, const CUte
     store_float(args, tile, sum, warp * 16 + lane / 4, lane);
     return;
   }
-  if (!args.out_is_mapped) {
+  if (!args.out_is_mapped || tile.column < 0) {  // the copy engine stores at no negative column
     __nv_bfloat16* out = static_cast<__nv_bfloat16*>(args.out);
 #pragma unroll
     for (int i = 0; i < S::kParts; ++i) {
