@@ -55,6 +55,7 @@ DUOS = (  # of one weight and 65 to 128 rows
     Tile(26, 128, 112, 0.255, 2),
     Tile(27, 128, 128, 0.27, 2),
 )
+DUO_OF_MANY = Tile(28, 128, 128, 0.26, 2)  # faster where a block of threads has several tiles
 GATED = {16: Tile(12, 16, 128, 0.5), 64: Tile(13, 64, 128, 0.5), 128: Tile(14, 128, 128, 0.64)}
 _GROUPED = {16: TILES[3], 64: TILES[7], 128: TILES[11]}
 _FEW_ROWS = 64  # of all experts together
@@ -102,8 +103,11 @@ def choose(rows: int, columns: int, multiprocessors: int) -> Tile:
     few = next((height for height in (16, 32, 64) if rows <= height), None)
     heights = (64, 128) if few is None else (few,)
     tiles = [tile for tile in TILES if tile.rows in heights]
-    if few is None:
-        tiles = [*tiles, *PAIRS] if rows > 128 else list(DUOS)
+    if rows > 128:
+        tiles += PAIRS
+    elif few is None:
+        many = columns > DUO_OF_MANY.columns * (multiprocessors // DUO_OF_MANY.blocks)
+        tiles = [*DUOS, DUO_OF_MANY] if many else list(DUOS)
     return min(tiles, key=cost)
 
 

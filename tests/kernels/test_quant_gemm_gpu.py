@@ -92,7 +92,7 @@ def test_every_tile_and_batch_gives_the_same_bits() -> None:
     w = prepare_weight(fp8(768, 1024)).rows(64, 768)
     rows = quant_rows(torch.randn(300, 1024, device="cuda"))
     outs = []
-    tiles = (*tuning.TILES, *tuning.PAIRS, *tuning.DUOS)
+    tiles = (*tuning.TILES, *tuning.PAIRS, *tuning.DUOS, tuning.DUO_OF_MANY)
     for tile in tiles:
         out = torch.full((300, 704), float("nan"), device="cuda")
         cuda_impl.multiply(tile, rows, w, out)  # type: ignore[arg-type]
@@ -120,7 +120,7 @@ def test_every_tile_and_output_gives_the_same_bits(n: int, k: int, first: int, c
     rows = poisoned(quant_rows(torch.randn(count, k, device="cuda")))
     want = torch.empty(count, n - first, device="cuda")
     cuda_impl.multiply(tuning.TILES[6], rows, w, want)  # type: ignore[arg-type]
-    for tile in (*tuning.TILES, *tuning.PAIRS, *tuning.DUOS):
+    for tile in (*tuning.TILES, *tuning.PAIRS, *tuning.DUOS, tuning.DUO_OF_MANY):
         for dtype in DTYPES:
             wide = torch.full((count + 70, n - first), float("nan"), dtype=dtype, device="cuda")
             cuda_impl.multiply(tile, rows, w, wide[:count])  # type: ignore[arg-type]

@@ -64,5 +64,10 @@ __device__ __forceinline__ void load_3d_all_once(const CUtensorMap* map, uint32_
       "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(group), "h"(mask), "l"(policy)
       : "memory");
 }
+__device__ __forceinline__ void prefetch_3d(const CUtensorMap* map, int column, int row, int group) {  // to L2
+  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map), "r"(column), "r"(row),
+               "r"(group)
+               : "memory");
+}
 
 }  // namespace causeway

@@ -1,16 +1,17 @@
-// Tiles for 65 to 128 rows, where what L2 sends to the multiprocessors and the bytes under way from memory are the bounds:
-// two blocks of threads (a cluster) have 64 rows each against the same columns, and each brings half of the weight to
-// both. A byte of the weight so leaves L2 once, and does not stay there. Sums have the order of gemm.cuh, and so the
-// same bits.
+// Tiles for 65 to 128 rows, where what L2 sends to the multiprocessors and the bytes under way from memory are the
+// bounds: two blocks of threads (a cluster) have 64 rows each against the same columns, and each brings half of the
+// weight to both. A byte of the weight so leaves L2 once, and does not stay there. Sums have the order of gemm.cuh, and
+// so the same bits.
 //
-// One thread brings the weight, one the rows, a warp the scales; a stage is free when both blocks have read it. With two
-// warpgroups that multiply, each has every second tile: one stores while the other multiplies. One weight only.
+// One thread brings the weight, one the rows, a warp the scales; a stage is free when both blocks have read it. With
+// two warpgroups that multiply, each has every second tile: one stores while the other multiplies. One weight only.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include "cluster.cuh"
 #include "copy_engine.cuh"
+#include "duo_ring.cuh"
 #include "duo_tiles.cuh"
 #include "hopper.cuh"
 #include "product.cuh"
@@ -19,109 +20,12 @@
 
 namespace causeway {
 
-// The ring of a block of threads in its shared memory: stages of rows and weight, and its barriers.
-template <class S>
-struct DuoRing {
-  uint32_t stages, staging, scales, full, empty;
-
-  __device__ __forceinline__ explicit DuoRing(uint32_t base)
-      : stages(base),
-        staging(base + S::kStagingOffset),
-        scales(base + S::kScaleOffset),
-        full(base + S::kBarrierOffset),
-        empty(full + S::kStages * 8) {}
-
-  __device__ __forceinline__ void init() const {
-    for (int i = 0; i < S::kStages; ++i) {
-      mbar_init(full + i * 8, 1 + 1);              // the weight's thread, the scales' warp
-      mbar_init(empty + i * 8, S::kBlocks * 4);  // a lane of each warp that multiplies
-    }
-    mbar_fence_init();
-  }
-  __device__ __forceinline__ uint32_t rows(int stage, int d) const {
-    return stages + stage * S::kStageBytes + d * S::kABytes;
-  }
-  __device__ __forceinline__ uint32_t weight(int stage, int d) const {
-    return stages + stage * S::kStageBytes + S::kDepth * S::kABytes + d * S::kBBytes;
-  }
-};
-
-// The weight's half of this block, to both. It does not come from the previous kernel: the ring may fill already.
-template <class S>
-__device__ __forceinline__ void bring_weight(const CUtensorMap& map, const GemmArguments& args, const DuoRing<S>& ring,
-                                             DuoWalk<S> walk, int rank) {
-  const uint64_t once = evict_first();
-  Slot<S::kStages> slot;
-  for (Tile tile = walk.next(); tile.row_end >= 0; tile = walk.next()) {
-    const int bytes = S::kBBytes + (tile.row < tile.row_end ? S::kABytes : 0);  // the rows' too
-    for (int kb = 0; kb < args.k_blocks; kb += S::kDepth, slot.next()) {
-      const uint32_t barrier = ring.full + slot.stage * 8;
-      mbar_wait(ring.empty + slot.stage * 8, slot.parity ^ 1);
-      mbar_expect(barrier, min(S::kDepth, args.k_blocks - kb) * bytes);
-#pragma unroll
-      for (int d = 0; d < S::kDepth; ++d) {
-        if (S::kDepth > 1 && kb + d >= args.k_blocks) break;
-        load_3d_all_once(&map, ring.weight(slot.stage, d) + rank * (S::kShare * kBlockK), barrier,
-                         (kb + d) * kBlockK - args.col_offset, tile.column + rank * S::kShare, 0,
-                         (1 << S::kBlocks) - 1, once);
-      }
-    }
-  }
-}
-
-template <class S>
-__device__ __forceinline__ void bring_rows(const CUtensorMap& map, const GemmArguments& args, const DuoRing<S>& ring,
-                                           DuoWalk<S> walk) {
-  Slot<S::kStages> slot;
-  for (Tile tile = walk.next(); tile.row_end >= 0; tile = walk.next()) {
-    for (int kb = 0; kb < args.k_blocks; kb += S::kDepth, slot.next()) {
-      mbar_wait(ring.empty + slot.stage * 8, slot.parity ^ 1);
-      if (tile.row >= tile.row_end) continue;  // the lower block of the last rows
-#pragma unroll
-      for (int d = 0; d < S::kDepth; ++d) {
-        if (S::kDepth > 1 && kb + d >= args.k_blocks) break;
-        load_2d(&map, ring.rows(slot.stage, d), ring.full + slot.stage * 8, (kb + d) * kBlockK - args.col_offset,
-                tile.row);
-      }
-    }
-  }
-}
-
-template <class S>
-__device__ __forceinline__ void bring_scales(const GemmArguments& args, const DuoRing<S>& ring, DuoWalk<S> walk,
-                                             int lane) {
-  constexpr int kChunk = DuoScales<S>::kChunk;
-  Slot<S::kStages> slot;
-  DuoScales<S> scales(args, lane);
-  Tile tile = walk.next();
-  if (tile.row_end >= 0) scales.open_weight(tile);
-  wait_for_previous();
-  while (tile.row_end >= 0) {
-    scales.open_rows(tile);
-    for (int chunk = 0; chunk < args.k_blocks; chunk += kChunk) {
-      scales.step(chunk);
-#pragma unroll
-      for (int i = 0; i < kChunk; i += S::kDepth) {
-        if (chunk + i < args.k_blocks) {
-          mbar_wait(ring.empty + slot.stage * 8, slot.parity ^ 1);
-          scales.write(i, ring.scales + slot.stage * S::kScaleBytes);
-          __syncwarp();
-          if (lane == 0) mbar_arrive(ring.full + slot.stage * 8);
-          slot.next();
-        }
-      }
-    }
-    tile = walk.next();
-    if (tile.row_end >= 0) scales.open_weight(tile);
-  }
-}
-
 // What a warpgroup does: products, sums, store.
 template <class S>
 class DuoGroup {
  public:
   __device__ __forceinline__ DuoGroup(const Maps& maps, const GemmArguments& args, const DuoRing<S>& ring,
-                                      const DuoWalk<S>& walk, int warp, int lane)
+                                      const DuoWalk<S>& walk, int rank, int warp, int lane)
       : maps_(maps),
         args_(args),
         ring_(ring),
@@ -129,7 +33,7 @@ class DuoGroup {
         turn_(warp / 4),
         member_(warp % 4),
         lane_(lane),
-        released_(in_block(ring.empty, lane % S::kBlocks)),  // of each block
+        others_empty_(in_block(ring.empty, 1 - rank)),
         staging_(ring.staging + warp * S::kStagingWarp),
         scales_(ring.scales + (member_ * 16 + lane / 4 * 2) * 4) {}
 
@@ -152,7 +56,9 @@ class DuoGroup {
     float sum[S::kParts], part[2][S::kParts];
 #pragma unroll
     for (int i = 0; i < S::kParts; ++i) sum[i] = 0.0f;
-    const int split = 128 - ((args_.row_offset + tile.column) & 127);  // columns before the second line
+    const int first = 128 - ((args_.row_offset + tile.column) & 127);  // columns in the first line of blocks
+#pragma unroll
+    for (int g = 0; g < S::kScaleGroups; ++g) line_[g] = S::kLines > 1 && g * S::kGroup >= first ? kLineBytes : 0;
     const int last = args_.k_blocks - 1;
     await();
     start(part[0], 0);
@@ -162,12 +68,12 @@ class DuoGroup {
       start(part[1], S::kDepth - 1);
       take(kEach ? kBefore : kNow, 0);
       wgmma_wait<1>();
-      add(sum, part[0], split, kEach ? kBefore : kNone);
+      add(sum, part[0], kEach ? kBefore : kNone);
       await();
       start(part[0], 0);
       take(kBefore, S::kDepth - 1);
       wgmma_wait<1>();
-      add(sum, part[1], split, kBefore);
+      add(sum, part[1], kBefore);
     }
     if (kb < last) {
       if (kEach) await();
@@ -175,15 +81,15 @@ class DuoGroup {
       hand_over();
       take(kEach ? kBefore : kNow, 0);
       wgmma_wait<1>();
-      add(sum, part[0], split, kEach ? kBefore : kNone);
+      add(sum, part[0], kEach ? kBefore : kNone);
       take(kNow, S::kDepth - 1);
       wgmma_wait<0>();
-      add(sum, part[1], split, kNow);
+      add(sum, part[1], kNow);
     } else {
       hand_over();
       take(kNow, 0);
       wgmma_wait<0>();
-      add(sum, part[0], split, kNow);
+      add(sum, part[0], kNow);
     }
     if (lane_ == 0) bulk_wait_read();
     __syncwarp();
@@ -206,24 +112,22 @@ class DuoGroup {
   // Reads the scales of the d-th block of a stage.
   __device__ __forceinline__ void take(int which, int d) {
 #pragma unroll
-    for (int line = 0; line < S::kLines; ++line) {
-      s_[line] = load_floats(scales_ + stage_[which] * S::kScaleBytes + (d * S::kLines + line) * (S::kBlockRows * 4));
+    for (int g = 0; g < S::kScaleGroups; ++g) {
+      s_[g] = load_floats(scales_ + stage_[which] * S::kScaleBytes + d * (S::kLines * kLineBytes) + line_[g]);
     }
   }
 
   // Adds a finished product, and frees its stage if it is the last of it.
-  __device__ __forceinline__ void add(float (&sum)[S::kParts], float (&part)[S::kParts], int split, int freed) {
+  __device__ __forceinline__ void add(float (&sum)[S::kParts], float (&part)[S::kParts], int freed) {
     fence_regs(part);
     if (freed != kNone) {
+      mbar_arrive(ring_.empty + stage_[freed] * 8);
       __syncwarp();
-      if (lane_ < S::kBlocks) mbar_arrive_in(released_ + stage_[freed] * 8);
+      if (lane_ == 0) mbar_arrive_in(others_empty_ + stage_[freed] * 8);
     }
 #pragma unroll
     for (int i = 0; i < S::kParts; i += 4) {
-      float2 f = s_[0];
-      if constexpr (S::kLines > 1) {
-        if (i * 2 / S::kGroup * S::kGroup >= split) f = s_[1];
-      }
+      const float2 f = s_[i * 2 / S::kGroup];
       sum[i] = fmaf(part[i], f.x, sum[i]);
       sum[i + 1] = fmaf(part[i + 1], f.x, sum[i + 1]);
       sum[i + 2] = fmaf(part[i + 2], f.y, sum[i + 2]);
@@ -249,16 +153,18 @@ class DuoGroup {
   }
 
   static constexpr int kNow = 0, kBefore = 1, kNone = -1;  // stages
+  static constexpr uint32_t kLineBytes = S::kBlockRows * 4;
 
   const Maps& maps_;
   const GemmArguments& args_;
   const DuoRing<S>& ring_;
   DuoWalk<S> walk_;
   int turn_, member_, lane_;
-  uint32_t released_, staging_, scales_;
+  uint32_t others_empty_, staging_, scales_;
   Slot<S::kStages> next_;
   int stage_[2] = {};
-  float2 s_[S::kLines];
+  uint32_t line_[S::kScaleGroups];  // bytes to the scales of the weight's line of blocks that holds the columns
+  float2 s_[S::kScaleGroups];
 };
 
 template <class S>
@@ -268,6 +174,13 @@ __global__ void __cluster_dims__(S::kBlocks, 1, 1) __launch_bounds__(S::kThreads
   const DuoRing<S> ring(smem_address(shared));
   const int warp = __shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const int rank = cluster_rank();
+  if constexpr (S::kEarly) {
+    if (warp == S::kWarps && elect_one()) {
+      const int column = DuoWalk<S>(args, rank).next().column + rank * S::kShare;
+      const int ahead = min(S::kStages * S::kDepth, args.k_blocks);
+      for (int kb = 0; kb < ahead; ++kb) prefetch_3d(&maps.b, kb * kBlockK - args.col_offset, column, 0);
+    }
+  }
   if (threadIdx.x == 0) ring.init();
   __syncthreads();
   cluster_sync();
@@ -293,7 +206,7 @@ __global__ void __cluster_dims__(S::kBlocks, 1, 1) __launch_bounds__(S::kThreads
   } else {
     if constexpr (S::kTakesTurns) asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
     wait_for_previous();
-    DuoGroup<S>(maps, args, ring, walk, warp, lane).run();
+    DuoGroup<S>(maps, args, ring, walk, rank, warp, lane).run();
   }
   bulk_wait_read();  // of who has stored
   __syncwarp();

@@ -13,17 +13,18 @@
 namespace causeway {
 
 // Two blocks of threads (a cluster) with 64 rows each against the same BN columns, multiplied by GROUPS warpgroups that
-// take turns, from a ring of STAGES with DEPTH blocks of K.
-template <int BN, int STAGES, int DEPTH, int GROUPS>
+// take turns, from a ring of STAGES with DEPTH blocks of K. EARLY: the first weights go to L2 before the cluster has
+// met.
+template <int BN, int STAGES, int DEPTH, int GROUPS, bool EARLY>
 struct DuoShape {
   static constexpr int kBlocks = 2, kBlockRows = 64, kRows = kBlocks * kBlockRows, kColumns = BN, kProductColumns = BN;
   static constexpr int kParts = BN / 2, kStages = STAGES, kDepth = DEPTH;  // kParts: accumulators of a thread
-  static constexpr int kGroup = largest_common(BN, 128);      // columns that share a scale
+  static constexpr int kGroup = largest_common(BN, 128), kScaleGroups = BN / kGroup;  // kGroup: columns of a scale
   static constexpr int kLines = 128 % BN == 0 ? 1 : 2;       // lines of the weight's blocks that a tile may meet
   static constexpr int kABytes = kBlockRows * kBlockK, kBBytes = BN * kBlockK;  // of one block of K
   static constexpr int kBlockBytes = kABytes + kBBytes, kStageBytes = DEPTH * kBlockBytes;
   static constexpr int kShare = BN / kBlocks;  // columns that a block brings
-  static constexpr bool kTakesTurns = GROUPS > 1;
+  static constexpr bool kTakesTurns = GROUPS > 1, kEarly = EARLY;
   static constexpr int kWarps = 4 * GROUPS, kThreads = (kWarps + (kTakesTurns ? 4 : 3)) * 32;
   static constexpr int kUnit = BN % 64 == 0 ? 64 : BN % 32 == 0 ? 32 : 16;  // columns that one copy stores
   static constexpr int kUnitBytes = 16 * kUnit * 2, kStagingWarp = BN / kUnit * kUnitBytes;

@@ -37,13 +37,14 @@
   X(21, 32, 1, 64, 8, 2)   \
   X(22, 32, 1, 128, 10, 1)
 
-// Tiles of duo.cuh: X(index, columns, stages, blocks of K in a stage, warpgroups).
-#define SHAPES_DUO(X)      \
-  X(23, 32, 8, 2, 1)       \
-  X(24, 64, 6, 2, 1)       \
-  X(25, 96, 5, 2, 1)       \
-  X(26, 112, 9, 1, 1)      \
-  X(27, 128, 8, 1, 1)
+// Tiles of duo.cuh: X(index, columns, stages, blocks of K in a stage, warpgroups, early).
+#define SHAPES_DUO(X)          \
+  X(23, 32, 8, 2, 1, false)    \
+  X(24, 64, 6, 2, 1, false)    \
+  X(25, 96, 5, 2, 1, true)     \
+  X(26, 112, 9, 1, 1, false)   \
+  X(27, 128, 8, 1, 1, false)   \
+  X(28, 128, 8, 1, 2, true)
 
 #define CAUSEWAY_SHAPE_NAME(index) gemm_shape_##index
 
