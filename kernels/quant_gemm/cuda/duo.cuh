@@ -174,9 +174,10 @@ __global__ void __cluster_dims__(S::kBlocks, 1, 1) __launch_bounds__(S::kThreads
   const DuoRing<S> ring(smem_address(shared));
   const int warp = __shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const int rank = cluster_rank();
+  const DuoWalk<S> walk(args, rank);
   if constexpr (S::kEarly) {
-    if (warp == S::kWarps && elect_one()) {
-      const int column = DuoWalk<S>(args, rank).next().column + rank * S::kShare;
+    if (warp == S::kWarps && walk.length() >= 48 && elect_one()) {
+      const int column = DuoWalk<S>(walk).next().column + rank * S::kShare;
       const int ahead = min(S::kStages * S::kDepth, args.k_blocks);
       for (int kb = 0; kb < ahead; ++kb) prefetch_3d(&maps.b, kb * kBlockK - args.col_offset, column, 0);
     }
@@ -185,7 +186,6 @@ __global__ void __cluster_dims__(S::kBlocks, 1, 1) __launch_bounds__(S::kThreads
   __syncthreads();
   cluster_sync();
 
-  const DuoWalk<S> walk(args, rank);
   if (warp >= S::kWarps) {
     if constexpr (S::kTakesTurns) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (warp == S::kWarps) {

@@ -45,11 +45,10 @@ __device__ __forceinline__ void bring_weight(const CUtensorMap& map, const GemmA
   const uint64_t once = evict_first();
   Slot<S::kStages> slot;
   for (Tile tile = walk.next(); tile.row_end >= 0; tile = walk.next()) {
-    const int bytes = S::kBBytes + (tile.row < tile.row_end ? S::kABytes : 0);  // the rows' too
     for (int kb = 0; kb < args.k_blocks; kb += S::kDepth, slot.next()) {
       const uint32_t barrier = ring.full + slot.stage * 8;
       mbar_wait(ring.empty + slot.stage * 8, slot.parity ^ 1);
-      mbar_expect(barrier, min(S::kDepth, args.k_blocks - kb) * bytes);
+      mbar_expect(barrier, min(S::kDepth, args.k_blocks - kb) * S::kBlockBytes);  // the rows' too
 #pragma unroll
       for (int d = 0; d < S::kDepth; ++d) {
         if (S::kDepth > 1 && kb + d >= args.k_blocks) break;
@@ -68,7 +67,6 @@ __device__ __forceinline__ void bring_rows(const CUtensorMap& map, const GemmArg
   for (Tile tile = walk.next(); tile.row_end >= 0; tile = walk.next()) {
     for (int kb = 0; kb < args.k_blocks; kb += S::kDepth, slot.next()) {
       mbar_wait(ring.empty + slot.stage * 8, slot.parity ^ 1);
-      if (tile.row >= tile.row_end) continue;  // the lower block of the last rows
 #pragma unroll
       for (int d = 0; d < S::kDepth; ++d) {
         if (S::kDepth > 1 && kb + d >= args.k_blocks) break;

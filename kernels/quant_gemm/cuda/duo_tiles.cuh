@@ -14,7 +14,7 @@ namespace causeway {
 
 // Two blocks of threads (a cluster) with 64 rows each against the same BN columns, multiplied by GROUPS warpgroups that
 // take turns, from a ring of STAGES with DEPTH blocks of K. EARLY: the first weights go to L2 before the cluster has
-// met.
+// met, where so many blocks of K follow that it pays.
 template <int BN, int STAGES, int DEPTH, int GROUPS, bool EARLY>
 struct DuoShape {
   static constexpr int kBlocks = 2, kBlockRows = 64, kRows = kBlocks * kBlockRows, kColumns = BN, kProductColumns = BN;
@@ -40,27 +40,37 @@ struct DuoShape {
   static_assert(DEPTH <= 2 && GROUPS <= 2, "two products are in registers, two groups take turns");
 };
 
-// The tiles of a block in order. Rows turn fastest: they stay in L2.
+// The tiles of a block in order. Rows turn fastest: they stay in L2. The last tile of rows reaches back rather than
+// over the end, where the copy engine fills row after row with zeros: rows that two blocks make have the same bits.
 template <class S>
 class DuoWalk {
  public:
   __device__ __forceinline__ DuoWalk(const GemmArguments& args, int rank)
-      : args_(args), rank_(rank), at_(blockIdx.x / S::kBlocks) {}
+      : args_(args),
+        rank_(rank),
+        at_(blockIdx.x / S::kBlocks),
+        lead_(args.row_offset % S::kColumns),
+        tiles_m_((args.rows + S::kRows - 1) / S::kRows),
+        tiles_((args.n + lead_ + S::kColumns - 1) / S::kColumns * tiles_m_) {}
 
   // The next tile; its `row_end` is negative after the last.
   __device__ __forceinline__ Tile next() {
-    const int lead = args_.row_offset % S::kColumns;
-    const int tiles_n = (args_.n + lead + S::kColumns - 1) / S::kColumns;
-    const int tiles_m = (args_.rows + S::kRows - 1) / S::kRows;
-    if (at_ >= tiles_n * tiles_m) return {0, -1, 0, 0};
-    const int n = at_ / tiles_m, m = at_ - n * tiles_m;
+    if (at_ >= tiles_) return {0, -1, 0, 0};
+    const int n = at_ / tiles_m_, m = at_ - n * tiles_m_;
     at_ += gridDim.x / S::kBlocks;
-    return {m * S::kRows + rank_ * S::kBlockRows, args_.rows, n * S::kColumns - lead, 0};
+    const int row = min(m * S::kRows + rank_ * S::kBlockRows, max(args_.rows - S::kBlockRows, 0));
+    return {row, args_.rows, n * S::kColumns - lead_, 0};
+  }
+
+  // Blocks of K that all tiles of the busiest block of threads have.
+  __device__ __forceinline__ int length() const {
+    const int pairs = gridDim.x / S::kBlocks;
+    return (tiles_ + pairs - 1) / pairs * args_.k_blocks;
   }
 
  private:
   const GemmArguments& args_;
-  int rank_, at_;
+  int rank_, at_, lead_, tiles_m_, tiles_;
 };
 
 // The products of the rows' scales with those of the weight, for each line of the weight's blocks; rows r and r + 8 are
