@@ -1,4 +1,4 @@
-"""CUDA C++ implementation on Hopper's tensor cores: see gemm.cuh, wide.cuh, packed.cuh in cuda/."""
+"""CUDA C++ implementation on Hopper's tensor cores: see the files of cuda/."""
 
 from __future__ import annotations
 

@@ -53,6 +53,14 @@ OVERLAPS = (  # of one weight, more than 128 rows, at most OVERLAP_BLOCKS blocks
     Tile(24, 128, 128, 0.34),
 )
 OVERLAP_BLOCKS = 128
+DUOS = (  # of one weight and 65 to 128 rows
+    Tile(25, 128, 32, 0.115, 2),
+    Tile(26, 128, 64, 0.165, 2),
+    Tile(27, 128, 96, 0.22, 2),
+    Tile(28, 128, 112, 0.255, 2),
+    Tile(29, 128, 128, 0.27, 2),
+)
+DUO_OF_MANY = Tile(30, 128, 128, 0.26, 2)  # faster where a block of threads has several tiles
 GATED = {16: Tile(12, 16, 128, 0.5), 64: Tile(13, 64, 128, 0.5), 128: Tile(14, 128, 128, 0.64)}
 _GROUPED = {16: TILES[3], 64: TILES[7], 128: TILES[11]}
 _FEW_ROWS = 64  # of all experts together
@@ -107,6 +115,9 @@ def choose(rows: int, columns: int, blocks: int, multiprocessors: int) -> Tile:
         tiles += PAIRS
         if blocks <= OVERLAP_BLOCKS:
             tiles += [tile for tile in OVERLAPS if count(tile) <= multiprocessors]
+    elif few is None:
+        many = columns > DUO_OF_MANY.columns * (multiprocessors // DUO_OF_MANY.blocks)
+        tiles = [*DUOS, DUO_OF_MANY] if many else list(DUOS)
     return min(tiles, key=cost)
 
 

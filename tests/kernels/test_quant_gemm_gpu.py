@@ -92,7 +92,7 @@ def test_every_tile_and_batch_gives_the_same_bits() -> None:
     w = prepare_weight(fp8(768, 1024)).rows(64, 768)
     rows = quant_rows(torch.randn(300, 1024, device="cuda"))
     outs = []
-    tiles = (*tuning.TILES, *tuning.PAIRS, *tuning.OVERLAPS)
+    tiles = (*tuning.TILES, *tuning.PAIRS, *tuning.OVERLAPS, *tuning.DUOS, tuning.DUO_OF_MANY)
     for tile in tiles:
         out = torch.full((300, 704), float("nan"), device="cuda")
         cuda_impl.multiply(tile, rows, w, out)  # type: ignore[arg-type]
@@ -107,27 +107,25 @@ def test_every_tile_and_batch_gives_the_same_bits() -> None:
     assert torch.equal(again, outs[0])
 
 
-@pytest.mark.parametrize("count", [129, 300, 1000])
+@pytest.mark.parametrize("count", [65, 128, 200, 1000])
 @pytest.mark.parametrize(
     ("n", "k", "first"),
-    [(3000, 1024, 0), (700, 128, 64), (1000, 384, 0), (336, 4224, 16), (20000, 640, 0)],
+    [(4096, 2048, 0), (700, 128, 64), (1000, 384, 0), (336, 4224, 16), (40000, 640, 16)],
 )
-def test_tiles_of_many_rows_give_the_bits_of_the_plain(
-    n: int, k: int, first: int, count: int
-) -> None:
-    """Both output types; tiles that hang over, an odd number of blocks, one and many tiles a block."""
+def test_every_tile_and_output_gives_the_same_bits(n: int, k: int, first: int, count: int) -> None:
+    """Tiles that hang over on either side, K that fills no stage, one and many tiles a block."""
     from kernels.quant_gemm import cuda_impl, tuning
 
     w = prepare_weight(fp8(n, k)).rows(first, n)
     rows = poisoned(quant_rows(torch.randn(count, k, device="cuda")))
     want = torch.empty(count, n - first, device="cuda")
     cuda_impl.multiply(tuning.TILES[6], rows, w, want)  # type: ignore[arg-type]
-    for tile in (*tuning.PAIRS, *tuning.OVERLAPS):
+    for tile in (*tuning.TILES, *tuning.PAIRS, *tuning.OVERLAPS, *tuning.DUOS, tuning.DUO_OF_MANY):
         for dtype in DTYPES:
-            got = torch.full((count + 70, n - first), float("nan"), dtype=dtype, device="cuda")
-            cuda_impl.multiply(tile, rows, w, got[:count])  # type: ignore[arg-type]
-            assert torch.equal(got[:count], want.to(dtype)), (tile, dtype)
-            assert got[count:].isnan().all(), (tile, dtype)
+            wide = torch.full((count + 70, n - first), float("nan"), dtype=dtype, device="cuda")
+            cuda_impl.multiply(tile, rows, w, wide[:count])  # type: ignore[arg-type]
+            assert torch.equal(wide[:count], want.to(dtype)), (tile, dtype)
+            assert wide[count:].isnan().all(), (tile, dtype)
 
 
 def make_experts(

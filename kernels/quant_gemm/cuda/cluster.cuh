@@ -1,4 +1,4 @@
-// Two blocks of threads that work together: places in each other's shared memory, and copies that reach both.
+// Blocks of threads that work together: places in each other's shared memory, and copies that reach both.
 #pragma once
 
 #include <cuda.h>
@@ -48,6 +48,26 @@ __device__ __forceinline__ void load_3d_all(
       " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(target),
       "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(group), "h"(mask)
       : "memory");
+}
+// What leaves L2 first: bytes that are read once.
+__device__ __forceinline__ uint64_t evict_first() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+  return policy;
+}
+// As load_3d_all, with a policy of L2.
+__device__ __forceinline__ void load_3d_all_once(const CUtensorMap* map, uint32_t target, uint32_t barrier, int column,
+                                                 int row, int group, uint16_t mask, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5}], [%2], %6, %7;" ::"r"(target),
+      "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(group), "h"(mask), "l"(policy)
+      : "memory");
+}
+__device__ __forceinline__ void prefetch_3d(const CUtensorMap* map, int column, int row, int group) {  // to L2
+  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map), "r"(column), "r"(row),
+               "r"(group)
+               : "memory");
 }
 
 }  // namespace causeway

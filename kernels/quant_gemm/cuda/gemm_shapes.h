@@ -1,5 +1,5 @@
 // Every tile shape that is compiled; kernels/quant_gemm/tuning.py names them by their index here, which is their
-// place in the order SMALL, LARGE, WIDE, PAIR, HALF, OVERLAP. Tiles of gemm.cuh: X(index, rows, warpgroups, columns,
+// place in the order SMALL, LARGE, WIDE, PAIR, HALF, OVERLAP, DUO. Tiles of gemm.cuh: X(index, rows, warpgroups, columns,
 // stages, blocks of K in a stage). Tiles of wide.cuh: X(index, rows, warpgroups, stages, gated).
 #pragma once
 
@@ -42,6 +42,15 @@
   X(23, 96, 5, 3)          \
   X(24, 128, 5, 3)
 
+// Tiles of duo.cuh: X(index, columns, stages, blocks of K in a stage, warpgroups, early).
+#define SHAPES_DUO(X)          \
+  X(25, 32, 8, 2, 1, false)    \
+  X(26, 64, 6, 2, 1, false)    \
+  X(27, 96, 5, 2, 1, true)     \
+  X(28, 112, 9, 1, 1, true)    \
+  X(29, 128, 8, 1, 1, false)   \
+  X(30, 128, 8, 1, 2, true)
+
 #define CAUSEWAY_SHAPE_NAME(index) gemm_shape_##index
 
 #define CAUSEWAY_SHAPE_SIGNATURE(index)                                                     \
@@ -64,4 +73,9 @@
 #define CAUSEWAY_DEFINE_OVERLAP(index, columns, stages, early)                                     \
   CAUSEWAY_SHAPE_SIGNATURE(index) {                                                            \
     return launch_overlap<OverlapShape<columns, stages, early>>(maps, args, gate, grid, stream); \
+  }
+#define CAUSEWAY_DEFINE_DUO(index, ...)                                                        \
+  CAUSEWAY_SHAPE_SIGNATURE(index) {                                                            \
+    using Duo = DuoShape<__VA_ARGS__>;                                                         \
+    return launch_duo<Duo>(maps, args, gate, grid, stream);                                    \
   }

@@ -19,6 +19,7 @@ SHAPES_WIDE(DECLARE)
 SHAPES_PAIR(DECLARE)
 SHAPES_HALF(DECLARE)
 SHAPES_OVERLAP(DECLARE)
+SHAPES_DUO(DECLARE)
 
 #define DECLARE_PACKED(index, ...) CAUSEWAY_PACKED_SIGNATURE(index);
 SHAPES_PACKED(DECLARE_PACKED)
@@ -45,8 +46,11 @@ struct TileShape {
   {128 * blocks, columns, 128, columns / blocks, product % 64 == 0 ? 64 : 32, blocks, CAUSEWAY_SHAPE_NAME(index)},
 #define OVERLAP_ENTRY(index, columns, ...) \
   {128, columns, 128, columns, columns % 64 == 0 ? 64 : 32, 1, CAUSEWAY_SHAPE_NAME(index)},
+#define DUO_ENTRY(index, columns, ...)                                                       \
+  {128, columns, 64, columns / 2, columns % 64 == 0 ? 64 : columns % 32 == 0 ? 32 : 16, 2, CAUSEWAY_SHAPE_NAME(index)},
 const TileShape kTiles[] = {SHAPES_SMALL(ENTRY) SHAPES_LARGE(ENTRY) SHAPES_WIDE(WIDE_ENTRY)
-                            SHAPES_PAIR(PAIR_ENTRY) SHAPES_HALF(ENTRY) SHAPES_OVERLAP(OVERLAP_ENTRY)};
+                            SHAPES_PAIR(PAIR_ENTRY) SHAPES_HALF(ENTRY) SHAPES_OVERLAP(OVERLAP_ENTRY)
+                            SHAPES_DUO(DUO_ENTRY)};
 
 struct PackedTile {
   int rows, columns;
@@ -97,7 +101,8 @@ int encode_out(CUtensorMap& map, GemmArguments& args, const GateArguments& gate,
   const cuuint32_t box[2] = {gated ? 128u : static_cast<cuuint32_t>(columns), 16};
   const CUtensorMapDataType type = gated ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   return encode(map, type, data, 2, sizes, strides, box,
-                columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B);
+                columns == 16 ? CU_TENSOR_MAP_SWIZZLE_32B
+                              : columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
 }  // namespace

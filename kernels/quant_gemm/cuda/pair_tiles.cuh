@@ -131,6 +131,7 @@ __device__ __forceinline__ float2 load_floats(uint32_t address) {
 template <int Unit>
 __device__ __forceinline__ uint32_t staged(int row, int chunk) {
   if constexpr (Unit == 64) return swizzled(row, chunk);
+  if constexpr (Unit == 16) return (chunk >> 1) * 512 + row * 32 + (((chunk ^ row >> 2) & 1) << 4);
   return (chunk >> 2) * 1024 + row * 64 + (((chunk ^ row >> 1) & 3) << 4);
 }
 

@@ -61,7 +61,7 @@ __device__ __forceinline__ void store_bfloat16(
   }
   const int first = tile.row + first_row;
   if constexpr (S::kTensorStore) {
-    if (args.out_is_mapped && first + 16 <= tile.row_end) {
+    if (args.out_is_mapped && tile.column >= 0 && first + 16 <= tile.row_end) {  // it stores at no negative column
       fence_async_proxy();
       __syncwarp();
       if (lane == 0) {
