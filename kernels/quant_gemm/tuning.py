@@ -48,8 +48,14 @@ PAIRS = (  # of one weight and more than 128 rows
     Tile(17, 256, 192, 0.55, 2),
     Tile(18, 256, 96, 0.35, 2),
 )
-GATED = {16: Tile(12, 16, 128, 0.5), 64: Tile(13, 64, 128, 0.5), 128: Tile(14, 128, 128, 0.64)}
-_GROUPED = {16: TILES[3], 64: TILES[7], 128: TILES[11]}
+GATED = {
+    16: Tile(12, 16, 128, 0.5),
+    64: Tile(13, 64, 128, 0.5),
+    128: Tile(14, 128, 128, 0.64),
+    256: Tile(24, 256, 128, 0.6, 2),
+}
+GROUPED = Tile(23, 256, 256, 0.6, 2)  # of many weights only
+_GROUPED = {16: TILES[3], 64: TILES[7], 128: GROUPED}
 _FEW_ROWS = 64  # of all experts together
 
 
@@ -109,7 +115,7 @@ def choose_gated(rows: int, groups: int) -> Tile | None:
     if rows <= _FEW_ROWS:
         return None
     mean = rows / groups
-    return GATED[16 if mean <= 16 else 64 if mean <= 48 else 128]
+    return GATED[16 if mean <= 16 else 64 if mean <= 48 else 256]
 
 
 def choose_packed(rows: int, groups: int, depth: int) -> PackedTile | None:

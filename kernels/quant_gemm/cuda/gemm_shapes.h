@@ -1,5 +1,5 @@
 // Every tile shape that is compiled; kernels/quant_gemm/tuning.py names them by their index here, which is their
-// place in the order SMALL, LARGE, WIDE, HALF. Tiles of gemm.cuh: X(index, rows, warpgroups, columns, stages, blocks of
+// place in the order SMALL, LARGE, WIDE, PAIR, HALF, GROUP. Tiles of gemm.cuh: X(index, rows, warpgroups, columns, stages, blocks of
 // K in a stage). Tiles of wide.cuh: X(index, rows, warpgroups, stages, gated).
 #pragma once
 
@@ -37,6 +37,11 @@
   X(21, 32, 1, 64, 8, 2)   \
   X(22, 32, 1, 128, 10, 1)
 
+// Tiles of group.cuh: X(index, gated).
+#define SHAPES_GROUP(X)    \
+  X(23, false)             \
+  X(24, true)
+
 #define CAUSEWAY_SHAPE_NAME(index) gemm_shape_##index
 
 #define CAUSEWAY_SHAPE_SIGNATURE(index)                                                     \
@@ -55,4 +60,8 @@
   CAUSEWAY_SHAPE_SIGNATURE(index) {                                                            \
     using Pair = PairShape<blocks, columns, product, stages>;                                  \
     return launch_pair<Pair>(maps, args, gate, grid, stream);                                  \
+  }
+#define CAUSEWAY_DEFINE_GROUP(index, gated)                                                      \
+  CAUSEWAY_SHAPE_SIGNATURE(index) {                                                            \
+    return launch_group<GroupShape<gated>>(maps, args, gate, grid, stream);                    \
   }

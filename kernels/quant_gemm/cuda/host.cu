@@ -18,6 +18,7 @@ SHAPES_LARGE(DECLARE)
 SHAPES_WIDE(DECLARE)
 SHAPES_PAIR(DECLARE)
 SHAPES_HALF(DECLARE)
+SHAPES_GROUP(DECLARE)
 
 #define DECLARE_PACKED(index, ...) CAUSEWAY_PACKED_SIGNATURE(index);
 SHAPES_PACKED(DECLARE_PACKED)
@@ -42,8 +43,9 @@ struct TileShape {
   {rows, gated ? 128 : 256, rows < 64 ? rows : 64, 128, 64, 1, CAUSEWAY_SHAPE_NAME(index)},
 #define PAIR_ENTRY(index, blocks, columns, product, ...)                                        \
   {128 * blocks, columns, 128, columns / blocks, product % 64 == 0 ? 64 : 32, blocks, CAUSEWAY_SHAPE_NAME(index)},
+#define GROUP_ENTRY(index, gated) {256, gated ? 128 : 256, 64, 128, 64, 2, CAUSEWAY_SHAPE_NAME(index)},
 const TileShape kTiles[] = {SHAPES_SMALL(ENTRY) SHAPES_LARGE(ENTRY) SHAPES_WIDE(WIDE_ENTRY)
-                            SHAPES_PAIR(PAIR_ENTRY) SHAPES_HALF(ENTRY)};
+                            SHAPES_PAIR(PAIR_ENTRY) SHAPES_HALF(ENTRY) SHAPES_GROUP(GROUP_ENTRY)};
 
 struct PackedTile {
   int rows, columns;
