@@ -55,7 +55,7 @@ GATED = {
     256: Tile(24, 256, 128, 0.6, 2),
 }
 GROUPED = Tile(23, 256, 256, 0.6, 2)  # of many weights only
-_GROUPED = {16: TILES[3], 64: TILES[7], 128: GROUPED}
+_GROUPED = {16: TILES[3], 64: TILES[7], 128: TILES[11], 256: GROUPED}
 _FEW_ROWS = 64  # of all experts together
 
 
@@ -104,18 +104,21 @@ def choose(rows: int, columns: int, multiprocessors: int) -> Tile:
     return min((*tiles, *PAIRS) if rows > 128 else tiles, key=cost)
 
 
+def _height(mean: float) -> int:
+    """The key of the tile for this mean number of rows of an expert."""
+    return next((height for most, height in ((16, 16), (48, 64), (192, 128)) if mean <= most), 256)
+
+
 def choose_grouped(rows: int, groups: int) -> Tile:
     """The tile for many weights, by the mean number of rows of one."""
-    mean = rows / groups
-    return _GROUPED[16 if mean <= 16 else 64 if mean <= 48 else 128]
+    return _GROUPED[_height(rows / groups)]
 
 
 def choose_gated(rows: int, groups: int) -> Tile | None:
     """The gated tile for many weights; None where narrower tiles and a SwiGLU of its own are faster."""
     if rows <= _FEW_ROWS:
         return None
-    mean = rows / groups
-    return GATED[16 if mean <= 16 else 64 if mean <= 48 else 256]
+    return GATED[_height(rows / groups)]
 
 
 def choose_packed(rows: int, groups: int, depth: int) -> PackedTile | None:
