@@ -5,7 +5,8 @@
 // so the same bits.
 //
 // One warp keeps a ring of stages full of rows and weights, another one brings the scales. A stage is free when both
-// blocks have read it. In a split unit the stages are the first and the second warpgroup's in turn, and the other one frees them unread.
+// blocks have read it. In a split unit the stages are the first and the second warpgroup's in turn, and the other one
+// frees them unread.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -176,6 +177,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(S::kThreads, 1)
       const float2 of_weight = load_floats(stages + S::kWeightScaleOffset + slot.stage * S::kWeightScaleBytes);
       const int first_row = group_row + warp % 4 * 16;
       Tile done = tile;
+      [[maybe_unused]] float2 row_weights;
+      if constexpr (kLast && S::kGated) row_weights = load_row_weights(args, gate, tile, first_row, lane);
       {
         const float s[2] = {of_rows.x * of_weight.x, of_rows.y * of_weight.x};
         wgmma_wait<0>();
@@ -207,7 +210,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(S::kThreads, 1)
       if constexpr (kLast) {
         if constexpr (S::kGated) {
           if (done.row + first_row < done.row_end) {
-            store_gated<S>(args, gate, maps.out, done, sum[0], sum[1], staging, first_row, lane);
+            store_gated<S>(args, gate, maps.out, done, row_weights, sum[0], sum[1], staging, first_row, lane);
           }
           clear(sum[0]);
         } else {
