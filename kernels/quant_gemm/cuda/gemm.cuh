@@ -12,7 +12,7 @@
 // shares operands in L2.
 //
 // A kernel starts before the one ahead of it in the stream has ended, and then reads weights already:
-// they must not be written by the kernel directly ahead.
+// they must not be written by the kernel directly ahead, nor, where that one is `swiglu_quant`, by the one before it.
 #pragma once
 
 #include <cuda_runtime.h>
