@@ -61,8 +61,14 @@ DUOS = (  # of one weight and 65 to 128 rows
     Tile(29, 128, 128, 0.27, 2),
 )
 DUO_OF_MANY = Tile(30, 128, 128, 0.26, 2)  # faster where a block of threads has several tiles
-GATED = {16: Tile(12, 16, 128, 0.5), 64: Tile(13, 64, 128, 0.5), 128: Tile(14, 128, 128, 0.64)}
-_GROUPED = {16: TILES[3], 64: TILES[7], 128: TILES[11]}
+GATED = {
+    16: Tile(12, 16, 128, 0.5),
+    64: Tile(13, 64, 128, 0.5),
+    128: Tile(14, 128, 128, 0.64),
+    256: Tile(32, 256, 128, 0.6, 2),
+}
+GROUPED = Tile(31, 256, 256, 0.6, 2)  # of many weights only
+_GROUPED = {16: TILES[3], 64: TILES[7], 128: TILES[11], 256: GROUPED}
 _FEW_ROWS = 64  # of all experts together
 
 
@@ -121,18 +127,21 @@ def choose(rows: int, columns: int, blocks: int, multiprocessors: int) -> Tile:
     return min(tiles, key=cost)
 
 
+def _height(mean: float) -> int:
+    """The key of the tile for this mean number of rows of an expert."""
+    return next((height for most, height in ((16, 16), (48, 64), (192, 128)) if mean <= most), 256)
+
+
 def choose_grouped(rows: int, groups: int) -> Tile:
     """The tile for many weights, by the mean number of rows of one."""
-    mean = rows / groups
-    return _GROUPED[16 if mean <= 16 else 64 if mean <= 48 else 128]
+    return _GROUPED[_height(rows / groups)]
 
 
 def choose_gated(rows: int, groups: int) -> Tile | None:
     """The gated tile for many weights; None where narrower tiles and a SwiGLU of its own are faster."""
     if rows <= _FEW_ROWS:
         return None
-    mean = rows / groups
-    return GATED[16 if mean <= 16 else 64 if mean <= 48 else 128]
+    return GATED[_height(rows / groups)]
 
 
 def choose_packed(rows: int, groups: int, depth: int) -> PackedTile | None:

@@ -77,8 +77,10 @@ def test_first_half_of_a_feed_forward(count: int, dtype: torch.dtype) -> None:
     assert_same(got, swiglu_quant(both[:, :512], both[:, 512:], limit=LIMIT))
 
 
-@pytest.mark.parametrize(("hidden", "inner"), [(512, 256), (96, 160)])
-@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 300, 40, 129], [1] * 70 + [0, 260, 65]])
+@pytest.mark.parametrize(("hidden", "inner"), [(512, 256), (96, 160), (256, 640)])
+@pytest.mark.parametrize(
+    "counts", [[3, 0, 5, 1], [0, 300, 40, 129], [1] * 70 + [0, 260, 65], [700, 0, 64, 193]]
+)
 def test_gated_experts(counts: list[int], hidden: int, inner: int) -> None:
     from kernels.grouped_gemm.device_experts import Fp8Experts
     from kernels.quant_gemm import cuda_impl, cuda_launch, tuning

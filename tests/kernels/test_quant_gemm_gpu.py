@@ -187,15 +187,18 @@ def test_experts(
         assert torch.equal(alone[0], got[row])
 
 
-def test_every_tile_gives_experts_the_same_bits() -> None:
+@pytest.mark.parametrize(
+    ("counts", "inner"), [([0, 200, 1, 77, 22], 128), ([700, 0, 64, 193, 43], 640)]
+)
+def test_every_tile_gives_experts_the_same_bits(counts: list[int], inner: int) -> None:
     from kernels.grouped_gemm.device_experts import Fp8Experts
     from kernels.quant_gemm import cuda_impl, tuning
 
-    experts = prepare_experts(*make_experts(fp8, 5, 384, 128))
+    experts = prepare_experts(*make_experts(fp8, len(counts), 384, inner))
     assert isinstance(experts, Fp8Experts)
-    counts = [0, 200, 1, 77, 22]
+    total = sum(counts)
     offsets = torch.tensor([0, *counts], device="cuda").cumsum(0)
-    rows = quant_rows(torch.randn(300, 384, device="cuda"))
+    rows = quant_rows(torch.randn(total, 384, device="cuda"))
     want = torch.cat(
         [
             linear_quant(
@@ -204,10 +207,13 @@ def test_every_tile_gives_experts_the_same_bits() -> None:
             for w, a, b in zip(experts.w1, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
         ]
     )
-    for tile in tuning.TILES:
-        out = torch.full((300, 256), float("nan"), device="cuda", dtype=torch.bfloat16)
-        cuda_impl.multiply_grouped(tile, rows, experts.w13, experts.w13_scale, offsets, out)
-        assert torch.equal(out[:, :128], want), tile
+    columns = experts.w13.shape[1]
+    for tile in (*tuning.TILES, tuning.GROUPED):
+        for dtype in DTYPES:
+            out = torch.full((total + 90, columns), float("nan"), device="cuda", dtype=dtype)
+            cuda_impl.multiply_grouped(tile, rows, experts.w13, experts.w13_scale, offsets, out)
+            assert torch.equal(out[:total, :inner].bfloat16(), want), tile
+            assert bool(out[total:].isnan().all())
 
 
 @pytest.mark.parametrize(("hidden", "inner"), [(512, 256), (96, 160), (1024, 512)])

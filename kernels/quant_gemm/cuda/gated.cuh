@@ -10,26 +10,31 @@
 
 namespace causeway {
 
+// Routing weights of the rows lane / 4 and lane / 4 + 8 of the warp's 16.
+__device__ __forceinline__ float2 load_row_weights(const GemmArguments& args, const GateArguments& gated,
+                                                   const Tile& tile, int first_row, int lane) {
+  if (gated.row_weight == nullptr) return make_float2(1.0f, 1.0f);
+  const int upper = tile.row + first_row + lane / 4, last = args.rows - 1;
+  return make_float2(__ldg(gated.row_weight + min(upper, last)), __ldg(gated.row_weight + min(upper + 8, last)));
+}
+
 // `gate` and `up` hold rows lane / 4 and lane / 4 + 8 of the warp's 16: values i, i + 1 of every four are the
 // first one's. `gate` is overwritten.
 template <class S>
 __device__ __forceinline__ void store_gated(
     const GemmArguments& args, const GateArguments& gated, const CUtensorMap& out_map,
-    const Tile& tile, float (&gate)[S::kParts], float (&up)[S::kParts], uint8_t* staging, int first_row, int lane) {
-  const int upper = tile.row + first_row + lane / 4, last = args.rows - 1;
-  float factor[2] = {1.0f, 1.0f}, peak[2] = {0.0f, 0.0f};
-  if (gated.row_weight != nullptr) {
-    factor[0] = __ldg(gated.row_weight + min(upper, last));
-    factor[1] = __ldg(gated.row_weight + min(upper + 8, last));
-  }
+    const Tile& tile, float2 row_weights, float (&gate)[S::kParts], float (&up)[S::kParts], uint8_t* staging,
+    int first_row, int lane) {
+  const int upper = tile.row + first_row + lane / 4;
+  float peak[2] = {0.0f, 0.0f};
 #pragma unroll
   for (int i = 0; i < S::kParts; i += 2) {
     const int half = (i >> 1) & 1;
     float a = gate[i], b = gate[i + 1], c = up[i], d = up[i + 1];
     round_to_bfloat16(a, b);
     round_to_bfloat16(c, d);
-    gate[i] = swiglu_value(a, c, gated.limit, factor[half]);
-    gate[i + 1] = swiglu_value(b, d, gated.limit, factor[half]);
+    gate[i] = swiglu_value(a, c, gated.limit, half == 0 ? row_weights.x : row_weights.y);
+    gate[i + 1] = swiglu_value(b, d, gated.limit, half == 0 ? row_weights.x : row_weights.y);
     round_to_bfloat16(gate[i], gate[i + 1]);
     peak[half] = max_or_nan(peak[half], max_or_nan(fabsf(gate[i]), fabsf(gate[i + 1])));
   }

@@ -12,11 +12,12 @@
 // shares operands in L2.
 //
 // A kernel starts before the one ahead of it in the stream has ended, and then reads weights already:
-// they must not be written by the kernel directly ahead.
+// they must not be written by the kernel directly ahead, nor, where that one is `swiglu_quant`, by the one before it.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include "cluster.cuh"
 #include "copy_engine.cuh"
 #include "hopper.cuh"
 #include "product.cuh"
@@ -60,33 +61,31 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(
       Schedule<S> schedule(args);
       Tile tile = schedule.advance();
       if (lane == 0) queue.put_first(tile);
+      // One thread issues copies: where the compiler knows that, it issues them without a loop over threads.
       auto load = [&](int kb) {
         mbar_wait(empty + slot.stage * 8, slot.parity ^ 1);
         const uint32_t b = stages + slot.stage * S::kStageBytes + S::kDepth * S::kABytes;
+        if (elect_one()) {
 #pragma unroll
-        for (int d = 0; d < S::kDepth; ++d) {
-          if (kb + d < args.k_blocks) {
-            load_3d(&maps.b, b + d * S::kBBytes, full + slot.stage * 8,
-                    (kb + d) * kBlockK - args.col_offset, tile.column, tile.group);
+          for (int d = 0; d < S::kDepth; ++d) {
+            if (kb + d < args.k_blocks) {
+              load_3d(&maps.b, b + d * S::kBBytes, full + slot.stage * 8,
+                      (kb + d) * kBlockK - args.col_offset, tile.column, tile.group);
+            }
           }
         }
       };
       while (tile.row_end >= 0) {
-        if (lane == 0) {
-          for (int kb = 0; kb < last; kb += S::kDepth, slot.next()) {
-            load(kb);
-            mbar_expect(full + slot.stage * 8, S::kStageBytes);  // the rows' bytes too
-          }
-          load(last);
+        for (int kb = 0; kb < last; kb += S::kDepth, slot.next()) {
+          load(kb);
+          if (elect_one()) mbar_expect(full + slot.stage * 8, S::kStageBytes);  // the rows' bytes too
         }
-        __syncwarp();
+        load(last);
         const Tile next = schedule.advance();
-        if (lane == 0) {
-          queue.put_next(next);
-          mbar_expect(full + slot.stage * 8, (args.k_blocks - last) * S::kBlockBytes);
-          slot.next();
-        }
+        if (lane == 0) queue.put_next(next);
         __syncwarp();
+        if (elect_one()) mbar_expect(full + slot.stage * 8, (args.k_blocks - last) * S::kBlockBytes);
+        slot.next();
         tile = next;
       }
     } else if (warp == S::kWarps + 1) {  // the rows' producer
@@ -98,10 +97,10 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(
       wait_for_previous();
       let_next_start();
       for (; tile.row_end >= 0; tile = schedule.advance()) {
-        if (lane == 0) {
-          for (int kb = 0; kb < args.k_blocks; kb += S::kDepth, slot.next()) {
-            const uint32_t a = stages + slot.stage * S::kStageBytes;
-            mbar_wait(empty + slot.stage * 8, slot.parity ^ 1);
+        for (int kb = 0; kb < args.k_blocks; kb += S::kDepth, slot.next()) {
+          const uint32_t a = stages + slot.stage * S::kStageBytes;
+          mbar_wait(empty + slot.stage * 8, slot.parity ^ 1);
+          if (elect_one()) {
 #pragma unroll
             for (int d = 0; d < S::kDepth; ++d) {
               if (kb + d < args.k_blocks) {
@@ -111,7 +110,6 @@ __global__ void __launch_bounds__(S::kThreads, 1) gemm_kernel(
             }
           }
         }
-        __syncwarp();
       }
     } else if (S::kScaleWarp && warp == S::kWarps + 2) {  // the scales' producer
       if (args.offsets != nullptr && !args.offsets_are_old) wait_for_previous();

@@ -1,6 +1,6 @@
 // Every tile shape that is compiled; kernels/quant_gemm/tuning.py names them by their index here, which is their
-// place in the order SMALL, LARGE, WIDE, PAIR, HALF, OVERLAP, DUO. Tiles of gemm.cuh: X(index, rows, warpgroups, columns,
-// stages, blocks of K in a stage). Tiles of wide.cuh: X(index, rows, warpgroups, stages, gated).
+// place in the order SMALL, LARGE, WIDE, PAIR, HALF, OVERLAP, DUO, GROUP. Tiles of gemm.cuh: X(index, rows,
+// warpgroups, columns, stages, blocks of K in a stage). Tiles of wide.cuh: X(index, rows, warpgroups, stages, gated).
 #pragma once
 
 #define SHAPES_SMALL(X)    \
@@ -51,6 +51,11 @@
   X(29, 128, 8, 1, 1, false)   \
   X(30, 128, 8, 1, 2, true)
 
+// Tiles of group.cuh: X(index, gated).
+#define SHAPES_GROUP(X)    \
+  X(31, false)             \
+  X(32, true)
+
 #define CAUSEWAY_SHAPE_NAME(index) gemm_shape_##index
 
 #define CAUSEWAY_SHAPE_SIGNATURE(index)                                                     \
@@ -78,4 +83,8 @@
   CAUSEWAY_SHAPE_SIGNATURE(index) {                                                            \
     using Duo = DuoShape<__VA_ARGS__>;                                                         \
     return launch_duo<Duo>(maps, args, gate, grid, stream);                                    \
+  }
+#define CAUSEWAY_DEFINE_GROUP(index, gated)                                                      \
+  CAUSEWAY_SHAPE_SIGNATURE(index) {                                                            \
+    return launch_group<GroupShape<gated>>(maps, args, gate, grid, stream);                    \
   }

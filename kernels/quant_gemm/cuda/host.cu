@@ -20,6 +20,7 @@ SHAPES_PAIR(DECLARE)
 SHAPES_HALF(DECLARE)
 SHAPES_OVERLAP(DECLARE)
 SHAPES_DUO(DECLARE)
+SHAPES_GROUP(DECLARE)
 
 #define DECLARE_PACKED(index, ...) CAUSEWAY_PACKED_SIGNATURE(index);
 SHAPES_PACKED(DECLARE_PACKED)
@@ -48,9 +49,10 @@ struct TileShape {
   {128, columns, 128, columns, columns % 64 == 0 ? 64 : 32, 1, CAUSEWAY_SHAPE_NAME(index)},
 #define DUO_ENTRY(index, columns, ...)                                                       \
   {128, columns, 64, columns / 2, columns % 64 == 0 ? 64 : columns % 32 == 0 ? 32 : 16, 2, CAUSEWAY_SHAPE_NAME(index)},
+#define GROUP_ENTRY(index, gated) {256, gated ? 128 : 256, 64, 128, 64, 2, CAUSEWAY_SHAPE_NAME(index)},
 const TileShape kTiles[] = {SHAPES_SMALL(ENTRY) SHAPES_LARGE(ENTRY) SHAPES_WIDE(WIDE_ENTRY)
                             SHAPES_PAIR(PAIR_ENTRY) SHAPES_HALF(ENTRY) SHAPES_OVERLAP(OVERLAP_ENTRY)
-                            SHAPES_DUO(DUO_ENTRY)};
+                            SHAPES_DUO(DUO_ENTRY) SHAPES_GROUP(GROUP_ENTRY)};
 
 struct PackedTile {
   int rows, columns;

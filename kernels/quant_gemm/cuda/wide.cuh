@@ -240,7 +240,8 @@ __global__ void __launch_bounds__(S::kThreads, 1) wide_kernel(
       open(tile);
       if (!active || !any) continue;
       if constexpr (S::kGated) {
-        store_gated<S>(args, gate, maps.out, done, sum[0], sum[1], staging, first_row, lane);
+        const float2 row_weights = load_row_weights(args, gate, done, first_row, lane);
+        store_gated<S>(args, gate, maps.out, done, row_weights, sum[0], sum[1], staging, first_row, lane);
       } else if (args.out_is_float) {
         store_float(args, done, sum[0], row_in_tile, lane);
         done.column += kHalfTile;

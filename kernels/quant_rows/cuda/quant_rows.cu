@@ -17,6 +17,7 @@ constexpr int kWarps = kThreads / 32;
 template <typename T>
 struct Plain {
   static constexpr int kUnroll = 4;
+  static constexpr bool kEarly = false;
   using Loaded = Raw<T>;
   const T* x;
   int64_t stride;
@@ -41,6 +42,8 @@ struct Plain {
 template <typename T>
 struct SwiGLU {
   static constexpr int kUnroll = sizeof(T) == 2 ? 4 : 2;
+  // The product behind it reads its weight, which is older than the product ahead, while that one ends.
+  static constexpr bool kEarly = true;
   struct Loaded {
     Raw<T> gate, up;
     float factor;  // 1 without a weight, which changes nothing
@@ -67,10 +70,13 @@ struct SwiGLU {
   }
 };
 
+__device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
 // A kernel may start while the one before it in the stream still runs: nothing of the inputs may be read
-// before this, and the next kernel may not start earlier.
+// before this, and the next kernel may not start earlier, except behind SwiGLU (see `kEarly`).
 __device__ __forceinline__ void await_inputs() {
-  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  let_next_start();
 }
 
 template <typename... Parameters, typename... Arguments>
@@ -92,6 +98,7 @@ template <typename Source, int Unroll>
 __global__ void __launch_bounds__(kThreads) rows_kernel(
     const Source source, const Output out, const uint32_t items, const uint32_t chunks, const int k,
     const int blocks, const int col_offset, const bool wide) {
+  if constexpr (Source::kEarly) let_next_start();
   await_inputs();
   const uint32_t item = blockIdx.x * kWarps + threadIdx.x / 32;
   if (item >= items) return;

@@ -1,0 +1,187 @@
+// What group.cuh is made of: the shape of its tiles, the units of work and their order, and their scales.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "gemm.h"
+#include "hopper.cuh"
+#include "tiles.cuh"
+
+namespace causeway {
+
+// What two blocks of threads do together. `kPaired`: 128 rows each, the same columns. `kApart`: the same (up to
+// 128) rows, each its own columns. `kSplit`: the same (up to 64) rows, each of the four warpgroups its own columns.
+enum Kind : int { kPaired = 0, kApart = 1, kSplit = 2 };
+
+template <bool GATED>
+struct GroupShape {
+  static constexpr bool kGated = GATED, kTensorStore = true;
+  static constexpr int kRows = 128, kHalf = 128;  // columns of a product
+  static constexpr int kColumns = (GATED ? 1 : 2) * kHalf;  // of the output that a tile makes
+  static constexpr int kStages = 4, kParts = kHalf / 2;
+  static constexpr int kBoxRows = 64, kBoxBytes = kBoxRows * kBlockK;  // that one copy brings
+  static constexpr int kABytes = kRows * kBlockK, kHalfBytes = kHalf * kBlockK;
+  static constexpr int kStageBytes = kABytes + 2 * kHalfBytes;
+  static constexpr int kWarps = 8, kThreads = (kWarps + 4) * 32;
+  static constexpr int kStagingOffset = kStages * kStageBytes;
+  static constexpr int kStagingWarp = GATED ? 2048 : 4096;  // bytes, see `swizzled`; of plain tiles, one product
+  static constexpr int kScaleBytes = kRows * 4, kWeightScaleBytes = 8;
+  static constexpr int kScaleOffset = kStagingOffset + kWarps * kStagingWarp;
+  static constexpr int kWeightScaleOffset = kScaleOffset + kStages * kScaleBytes;
+  static constexpr int kBarrierOffset = kWeightScaleOffset + kStages * kWeightScaleBytes;
+  static constexpr int kSharedBytes = kBarrierOffset + control_bytes(kStages);
+
+  static_assert(kSharedBytes <= 232448, "more shared memory than a block may have");
+};
+
+// A tile's `group` carries the kind of its unit.
+__device__ __forceinline__ int kind_of(const Tile& tile) { return tile.group & 3; }
+__device__ __forceinline__ int weight_of(const Tile& tile) { return tile.group >> 2; }
+
+// The units of a pair of blocks, in order; made after the kernel that writes the offsets. Whole warps call it, and get
+// their block's tile. Lanes hold groups as those of `Schedule` do. The rows of a group make as many units of 256
+// rows as there are, then perhaps one row of 128 and, where at most 64 rows are left, one of these.
+template <class S>
+class GroupWalk {
+ public:
+  __device__ __forceinline__ GroupWalk(const GemmArguments& args, int rank)
+      : args_(args), rank_(rank), next_(blockIdx.x / 2), tiles_n_((args.n + S::kColumns - 1) / S::kColumns) {
+    load();
+  }
+
+  __device__ __forceinline__ Tile next() {
+    uint32_t found;
+    while ((found = __ballot_sync(kAll, next_ < end_)) == 0) {
+      window_ += kWindow;
+      if (args_.offsets == nullptr || window_ >= args_.groups) return {0, -1, 0, 0};
+      base_ = __shfl_sync(kAll, end_, 31);
+      load();
+    }
+    const int lane = __ffs(found) - 1;
+    const int middle = __shfl_sync(kAll, middle_, lane), stop = __shfl_sync(kAll, stop_, lane);
+    const int start = __shfl_sync(kAll, start_, lane), end = __shfl_sync(kAll, end_, lane);
+    const int upper = end - units(stop - middle);  // where the units of the lane's second group begin
+    const bool second = next_ >= upper;
+    const int first = second ? middle : start, row_end = second ? stop : middle;
+    int index = next_ - (second ? upper : upper - units(middle - start));
+    next_ += gridDim.x / 2;
+
+    const int whole = rows_of_tiles(row_end - first), paired = whole / 2 * tiles_n_;
+    int row = first, n = index, kind = kPaired;
+    if (index < paired) {
+      const int band = index / (kBand * (whole / 2)), inside = index - band * kBand * (whole / 2);
+      const int width = min(kBand, tiles_n_ - band * kBand), m = inside / width;
+      n = band * kBand + inside - m * width;
+      row += (2 * m + rank_) * S::kRows;
+    } else {
+      index -= paired;
+      kind = (whole & 1) != 0 && index < (tiles_n_ + 1) / 2 ? kApart : kSplit;
+      if (kind == kSplit && (whole & 1) != 0) index -= (tiles_n_ + 1) / 2;
+      n = kind == kApart ? 2 * index + rank_ : 4 * index + 2 * rank_;
+      row += (kind == kApart ? whole - 1 : whole) * S::kRows;
+    }
+    const int column = n * S::kColumns;
+    // Beyond the last column a block has no row to store.
+    return {row, column < args_.n ? row_end : row, column, (window_ + 2 * lane + second) * 4 + kind};
+  }
+
+ private:
+  static constexpr uint32_t kAll = 0xFFFFFFFFu;
+  static constexpr int kWindow = 64;  // groups
+  static constexpr int kBand = 8;     // column tiles that neighbours walk together
+
+  // Tiles of more than 64 rows, one below the other.
+  __device__ __forceinline__ static int rows_of_tiles(int rows) { return (rows + 63) / S::kRows; }
+  __device__ __forceinline__ int units(int rows) const {
+    const int whole = rows_of_tiles(rows);
+    return whole / 2 * tiles_n_ + (whole & 1) * ((tiles_n_ + 1) / 2) +
+           (rows > whole * S::kRows ? (tiles_n_ + 3) / 4 : 0);
+  }
+
+  __device__ __forceinline__ void load() {
+    const int lane = threadIdx.x % 32, group = window_ + 2 * lane;
+    if (args_.offsets == nullptr) {
+      start_ = lane == 0 ? 0 : args_.rows;
+      middle_ = stop_ = args_.rows;
+    } else {
+      start_ = static_cast<int>(args_.offsets[min(group, args_.groups)]);
+      middle_ = static_cast<int>(args_.offsets[min(group + 1, args_.groups)]);
+      stop_ = static_cast<int>(args_.offsets[min(group + 2, args_.groups)]);
+    }
+    end_ = units(middle_ - start_) + units(stop_ - middle_);
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int before = __shfl_up_sync(kAll, end_, step);
+      if (lane >= step) end_ += before;
+    }
+    end_ += base_;
+  }
+
+  const GemmArguments& args_;
+  int rank_, next_, tiles_n_;
+  int window_ = 0, base_ = 0;  // first group of the window, units before it
+  int start_, middle_, stop_, end_;  // rows of the lane's groups; units up to their end
+};
+
+// The scales of every stage as float32: the rows' so that rows r and r + 8 are neighbours, and those of its two products'
+// weight blocks. A whole warp calls it; loads run four blocks ahead. `apart`: columns from a product to the second.
+template <class S>
+class GroupScales {
+ public:
+  __device__ __forceinline__ GroupScales(const GemmArguments& args, int apart, int lane)
+      : args_(args), apart_(apart), lane_(lane) {}
+
+  // Loads the first scales of a tile. Those of the tile before are then in `step`'s last words.
+  __device__ __forceinline__ void open(const Tile& tile) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      row_[i] = static_cast<uint32_t>(min(tile.row + lane_ + 32 * i, args_.rows - 1)) * args_.a_scale_stride;
+    }
+    // Eight lanes each: both products of the first warpgroup's columns, and of the second's where they differ.
+    const int column = tile.column + (lane_ >> 4) * S::kColumns + (lane_ >> 3 & 1) * apart_;
+    weight_ = weight_of(tile) * args_.b_scale_group + min(column / 128, args_.n_blocks - 1) * args_.b_scale_stride;
+    load_rows(0);
+    load_weight(0);
+  }
+
+  // To the four blocks from kb on of the tile; `next` comes after it.
+  __device__ __forceinline__ void step(int kb, const Tile& next) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) word_[i] = next_[i];
+    if ((kb & 7) == 0) {
+      weight_byte_ = next_weight_;
+      if (kb + 8 < args_.k_blocks) load_weight(kb + 8);
+    }
+    if (kb + 4 < args_.k_blocks) {
+      load_rows(kb + 4);
+    } else if (next.row_end >= 0) {
+      open(next);
+    }
+  }
+
+  // Writes the scales of block kb + i for the columns of warpgroup `half` (0 where both have the same).
+  __device__ __forceinline__ void write(int kb, int i, int half, uint32_t rows, uint32_t weight) const {
+    const uint32_t at = rows + ((lane_ & 16) + (lane_ & 7) * 2 + (lane_ >> 3 & 1)) * 4;
+#pragma unroll
+    for (int r = 0; r < 4; ++r) store_shared(at + r * 128, (word_[r] >> 8 * i & 255) << 23);
+    const uint32_t byte = __shfl_sync(0xFFFFFFFFu, weight_byte_, half * 16 + (lane_ & 1) * 8 + (kb & 7) + i);
+    if (lane_ < 2) store_shared(weight + lane_ * 4, byte << 23);
+  }
+
+ private:
+  __device__ __forceinline__ void load_rows(int kb) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) next_[i] = __ldg(reinterpret_cast<const uint32_t*>(args_.a_scale + row_[i] + kb));
+  }
+  __device__ __forceinline__ void load_weight(int kb) {
+    next_weight_ = __ldg(args_.b_scale + weight_ + min(kb + lane_ % 8, args_.k_blocks - 1));
+  }
+
+  const GemmArguments& args_;
+  int apart_, lane_;
+  uint32_t row_[4], weight_, next_[4], word_[4], next_weight_, weight_byte_;
+};
+
+}  // namespace causeway
