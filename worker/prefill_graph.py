@@ -119,6 +119,7 @@ class PrefillGraphs:
         self._forward, self._recorder = forward, recorder
         self._choice = CaptureChoice() if choice is None else choice
         self._captured: dict[StepKey, _Captured] = {}
+        self.num_replays = 0  # steps that ran as a graph captured before
 
     def run(self, step: PrefillStep) -> Tensor:
         """Streams [T, R, D] of a step; the caller's to keep.
@@ -138,6 +139,7 @@ class PrefillGraphs:
             self._captured[step.key] = self._capture(step)
         else:
             self._load(self._captured[step.key], step)
+            self.num_replays += 1
         captured = self._captured[step.key]
         captured.graph.replay()
         return captured.streams.clone()  # the next graph works in the same memory

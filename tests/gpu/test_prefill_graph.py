@@ -81,6 +81,8 @@ def logits(
         ).outputs
         found += [out.logits, after.logits]
         tokens += [*out.token_ids, *after.token_ids]
+    if runner.prefill_graphs is not None:
+        assert runner.prefill_graphs.num_replays > 0
     worker.close()
     return found, tokens
 
