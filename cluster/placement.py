@@ -11,6 +11,7 @@ from cluster.block_manager import BlockManager, PrefixHit
 from cluster.limits import SchedulerLimits
 from cluster.sequence import Sequence
 from worker.protocol import SlotInit, TailOp
+from worker.tail_positions import inner_tails
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,11 +174,8 @@ class Placement:
         """
         start = seq.num_computed
         size = self.limits.block_size
-        interval = self.limits.tail_interval * size
         ends = {seq.num_tokens // size * size, (seq.num_tokens - 1) // size * size}
-        if end % size == 0:
-            ends.add(end)
-        ends.update(range((start // interval + 1) * interval, end + 1, interval))
+        ends |= inner_tails(start, end, block_size=size, interval=self.limits.tail_interval)
         return sorted(position for position in ends if start < position <= end)
 
     def attach(self, tails: list[PlannedTail]) -> None:
