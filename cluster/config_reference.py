@@ -57,7 +57,7 @@ MEANINGS: dict[str, str] = {
     "at a time (as `cuda_graphs`; with `moe_combine: fast` where all rows go to all ranks; without "
     "`kv_shard: cp`). Takes memory outside `kv_cache.memory_fraction`: once the workspace of the largest "
     "captured step, and for each shape its result (2 x 4 x hidden size bytes for each token of a rank); "
-    "1.2 GB a GPU for V4-Flash on four, steps of 8,192 tokens",
+    "1.2 GB a GPU for V4-Flash on four, steps of 8,192 tokens; more at the end of long prompts",
     "cluster.executor": "`ray`: one actor per rank; `local`: plain processes of this machine",
     "cluster.nodes": "machines the ranks are spread over, equally",
     "cluster.ray.address": "`host:port` of a running Ray to join; empty: start one here and end it "

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.block_manager import BlockManager
+from cluster.block_manager import BlockManager, PrefixHit
 from cluster.limits import SchedulerLimits
 from cluster.sequence import Sequence
 from worker.protocol import SlotInit, TailOp
+from worker.tail_positions import inner_tails
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,15 +64,9 @@ class Placement:
             return None
         known = seq.num_tokens
         sampling = seq.request.sampling
-        use_cache = self.limits.prefix_cache and not _needs_every_row(seq)
-        block_ids: list[int] = []
-        tail = -1
-        if use_cache:
-            seq.extend_chain(known, self.limits.block_size)
-            hit = self.blocks.match(seq.chain, known)
-            block_ids = self.blocks.acquire(seq.chain, hit)
-            tail = hit.tail
-        num_cached = len(block_ids)
+        hit = self._match(seq)
+        block_ids = self.blocks.acquire(seq.chain, hit)
+        tail, num_cached = hit.tail, hit.num_blocks
         need = self.limits.num_blocks_for(known) - num_cached
         fits = self.blocks.can_allocate(num_cached, need)
         if not fits or self.blocks.num_free < need + headroom:
@@ -85,7 +80,7 @@ class Placement:
         seq.block_ids = block_ids + self.blocks.allocate(num_cached, need)
         seq.num_computed = start
         seq.restored_tail = tail
-        if use_cache:
+        if self._use_cache(seq):
             self.counters.queries += known
             self.counters.hits += start
         if seq.cached_tokens < 0:
@@ -100,6 +95,19 @@ class Placement:
             block_ids=block_ids,
             history=seq.token_ids[:start] if sampling.needs_history else [],
         )
+
+    def num_cached(self, seq: Sequence) -> int:
+        """Tokens of ``seq`` that it would find in the prefix cache if it were admitted now."""
+        return self._match(seq).num_blocks * self.limits.block_size
+
+    def _match(self, seq: Sequence) -> PrefixHit:
+        if not self._use_cache(seq):
+            return PrefixHit()
+        seq.extend_chain(seq.num_tokens, self.limits.block_size)
+        return self.blocks.match(seq.chain, seq.num_tokens)
+
+    def _use_cache(self, seq: Sequence) -> bool:
+        return self.limits.prefix_cache and not _needs_every_row(seq)
 
     def may_grow(self, seq: Sequence) -> bool:
         """Whether a running sequence may still take another block (its last token needs none)."""
@@ -166,11 +174,8 @@ class Placement:
         """
         start = seq.num_computed
         size = self.limits.block_size
-        interval = self.limits.tail_interval * size
         ends = {seq.num_tokens // size * size, (seq.num_tokens - 1) // size * size}
-        if end % size == 0:
-            ends.add(end)
-        ends.update(range((start // interval + 1) * interval, end + 1, interval))
+        ends |= inner_tails(start, end, block_size=size, interval=self.limits.tail_interval)
         return sorted(position for position in ends if start < position <= end)
 
     def attach(self, tails: list[PlannedTail]) -> None:

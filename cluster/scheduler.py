@@ -8,6 +8,7 @@ Rules
   never waits for blocks; decode takes more as it grows and, when there are none, preempts the newest
   request, whose prompt and output become a prompt to compute again. Scoring requests hold all their
   blocks from the start and are never preempted. The oldest request always advances.
+- Prompts share a step where they fit whole; one that must be split starts as the first of a step.
 - Blocks are offered to the prefix cache after the step that filled them succeeded and, in decode, only
   up to the accepted length.
 
@@ -24,6 +25,7 @@ from cluster.limits import SchedulerLimits
 from cluster.placement import Placement, PlannedTail, PrefixCounters
 from cluster.sequence import FinishReason, Sequence, SequenceStatus
 from cluster.step_result import SequenceUpdate, check_output
+from cluster.step_room import StepRoom
 from worker.protocol import (
     DecodeSlice,
     PrefillSlice,
@@ -137,36 +139,26 @@ class Scheduler:
 
     def _plan_prefill(self, inits: list[SlotInit]) -> list[PrefillSlice]:
         """Chunks of the prompts under way, then of newly admitted ones (into ``inits``)."""
-        budget = self.limits.max_batched_tokens
-        rows = self.limits.max_logit_rows
+        room = StepRoom(self.limits)
         slices: list[PrefillSlice] = []
         planned: set[bytes] = set()
         under_way = [seq for seq in self.running if seq.status is SequenceStatus.PREFILL]
         while True:
             if under_way:
                 seq = under_way.pop(0)
-            elif self.waiting and self._chunk_size(self.waiting[0], budget, rows):
-                admitted = self._admit_next(inits)
-                if admitted is None:
-                    return slices
+            elif self.waiting and (admitted := self._admit_next(inits, room)) is not None:
                 seq = admitted
             else:
                 return slices
-            if size := self._chunk_size(seq, budget, rows):
+            if size := room.chunk(seq):
                 slices.append(self._prefill_slice(seq, size, planned))
-                budget -= size
-                rows -= size * seq.logit_rows
+                room.take(seq, size)
 
-    def _chunk_size(self, seq: Sequence, budget: int, rows: int) -> int:
-        """Tokens of the next chunk; 0 if the step has no room for any."""
-        size = min(seq.prefill_target - seq.num_computed, budget)
-        if seq.request.score is not None:
-            size = min(size, rows // seq.logit_rows)
-        return size
-
-    def _admit_next(self, inits: list[SlotInit]) -> Sequence | None:
-        """Start the first waiting sequence if slots, blocks and a step's logits allow."""
+    def _admit_next(self, inits: list[SlotInit], room: StepRoom) -> Sequence | None:
+        """Start the first waiting sequence if the step, slots, blocks and a step's logits allow."""
         seq = self.waiting[0]
+        if not room.starts(seq, self.placement.num_cached(seq)):
+            return None
         rows = sum(item.logit_rows for item in [*self.running, seq])
         if rows > self.limits.max_logit_rows:
             return None

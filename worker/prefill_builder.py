@@ -36,7 +36,6 @@ from model.parallel.partition import (
 )
 from model.parallel.ranges import Chunk, RowRange, Segment
 from worker.batch_layout import pack
-from worker.decode_builder import TABLE_COLUMNS
 from worker.kv_cache import KVCachePool
 from worker.prefill_key import StepKey, step_key
 from worker.protocol import PrefillSlice
@@ -46,6 +45,10 @@ Indices = np.ndarray
 Chunks = tuple[Chunk, ...]
 Parts = tuple[tuple[Segment, ...], ...]  # segments by cp rank
 Tails = tuple[tuple[int, ...], ...]  # positions by request
+
+LONG_COLUMNS = (
+    256  # that the block table of a single request is padded to: 64K tokens in blocks of 256
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +84,8 @@ class PrefillBuilder:
     """Builds prefill batches for one rank.
 
     Args:
-        pad_tables: pad block tables to powers of two, so that steps at nearby positions look alike.
+        pad_tables: pad block tables of single requests, so that the full chunks of a long prompt look
+            alike. Steps of several requests seldom come back, and keep their tables.
     """
 
     def __init__(
@@ -296,10 +300,10 @@ class PrefillBuilder:
         )
 
     def _padded(self, table: Indices) -> Indices:
-        """A block table with as many columns as steps of its size have; -1 in those added."""
-        if not self.pad_tables:
+        """A single request's block table at a width that its other chunks have; -1 in what is added."""
+        if not self.pad_tables or len(table) != 1:
             return table
-        columns = max(TABLE_COLUMNS, 1 << (table.shape[1] - 1).bit_length())
+        columns = max(LONG_COLUMNS, 1 << (table.shape[1] - 1).bit_length())
         return np.pad(table, ((0, 0), (0, columns - table.shape[1])), constant_values=-1)
 
     def _page_slots(self, table: Indices, ratio: int, request: Indices, entry: Indices) -> Indices:

@@ -10,10 +10,12 @@ the same order and keeps the same books, so all of them capture, replay and forg
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from worker.batch_layout import layout_of, place_in
@@ -119,12 +121,17 @@ class PrefillGraphs:
         self._forward, self._recorder = forward, recorder
         self._choice = CaptureChoice() if choice is None else choice
         self._captured: dict[StepKey, _Captured] = {}
+        self.num_replays = 0  # steps that ran as a graph captured before
 
     def run(self, step: PrefillStep) -> Tensor:
         """Streams [T, R, D] of a step; the caller's to keep.
 
+        After any exception the ranks must start anew: the step counts as done in the books (its key as
+        captured, say), here and on ranks where nothing failed.
+
         Raises:
-            RuntimeError: a step whose layout is not that of the step captured under its key.
+            RuntimeError: a step whose layout is not that of the step captured under its key; no memory
+                for a graph, or for a step beside graphs.
         """
         choice = self._choice.choose(step.key)
         if choice.evicted is not None:
@@ -133,11 +140,14 @@ class PrefillGraphs:
             if not self._captured:
                 self._recorder.reset()
         if choice.action == "launch":
-            return self._forward(step.batch)
+            with _ways_out() if self._captured else nullcontext():
+                return self._forward(step.batch)
         if choice.action == "capture":
-            self._captured[step.key] = self._capture(step)
+            with _ways_out():
+                self._captured[step.key] = self._capture(step)
         else:
             self._load(self._captured[step.key], step)
+            self.num_replays += 1
         captured = self._captured[step.key]
         captured.graph.replay()
         return captured.streams.clone()  # the next graph works in the same memory
@@ -166,6 +176,21 @@ class PrefillGraphs:
                 " worker.prefill_key.step_key lacks something"
             )
         captured.packed.copy_(step.packed)
+
+
+@contextmanager
+def _ways_out() -> Iterator[None]:
+    """Where graphs hold memory, its lack becomes an error that names what can be done."""
+    try:
+        yield
+    except RuntimeError as error:
+        # The end of a capture may fail in turn.
+        if not any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__)):
+            raise
+        raise RuntimeError(
+            "no GPU memory for prefill steps as CUDA graphs, which keep the workspace of the largest"
+            " captured step: set prefill_graphs: false, or lower kv_cache.memory_fraction"
+        ) from error
 
 
 def prefill_obstacle(

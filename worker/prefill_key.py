@@ -32,8 +32,12 @@ def step_key(
     tails, the window and the groups of compressed entries behind them, and which of those begin before
     position 0. Moving a chunk by whole periods (the cut's alignment and all groups divide them) moves
     all these ranges with it, as long as nothing reaches back to position 0. So the key is the plan
-    itself with each chunk moved back as far as that allows: full chunks of a long prompt share one key.
-    Who gets a chunk that is not cut depends on where the others lie, so the segments are part of it.
+    itself with each chunk moved back as far as that allows. Of a long prompt, the first chunk and the last
+    have keys of their own; the full chunks between share one while the table is as wide (a second chunk
+    so near to position 0 that something reaches back to it has its own), and share it with those of
+    other prompts that start at the same offset from a chunk's multiple, as prompts without a cached
+    prefix do. Who gets a chunk that is not cut depends on where the others lie, so the segments are
+    part of it.
 
     Args:
         chunks, segments: of all requests, over all cp ranks.

@@ -1,7 +1,7 @@
-"""Steps that nobody asked for, run before "ready": kernels get compiled, decode graphs captured.
+"""Steps that nobody asked for, run before "ready": kernels get compiled, graphs captured.
 
-They write into caches that hold nothing yet, under slots and blocks that are given out anew afterwards;
-rings and pages are addressed by position, so no later request reads what they leave.
+They write into caches that hold nothing yet, under slots, blocks and tails that are given out anew
+afterwards; rings and pages are addressed by position, so no later request reads what they leave.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from worker.protocol import (
     SlotInit,
     StepOutput,
     StepPlan,
+    TailSave,
 )
+from worker.tail_positions import inner_tails
 
 _PROMPTS = (512, 100, 7)  # tokens: ends of HCA groups, of CSA groups, of neither
 _SHORT = 3  # tokens of the prompts before decode steps
@@ -31,7 +33,9 @@ def rehearse(
     max_batched_tokens: int,
     num_drafts: int,
     batches: Iterable[int],
-    longest_runs: int = 1,
+    num_tails: int = 0,
+    tail_interval: int = 1,
+    prefill_graphs: bool = False,
 ) -> None:
     """Run prefill steps of a few lengths and decode steps of the given batch sizes.
 
@@ -41,7 +45,12 @@ def rehearse(
         max_batched_tokens: the largest prefill step: what it allocates must fit now, not later.
         num_drafts: tokens a decode step verifies beside the last one.
         batches: requests of the decode steps; more than there are slots are left out.
-        longest_runs: how often the largest prefill step is run.
+        num_tails: tails that prefill steps may save; 0 without a prefix cache.
+        tail_interval: blocks between the tails inside a long prompt.
+        prefill_graphs: whether prefill steps that come back are captured. The largest one runs twice
+            then, as the engine will send it for the first chunk of a long prompt, which is therefore
+            replayed from the first prompt on; and one of about its size is launched beside the graph:
+            what both take must fit.
     """
     room = min(num_blocks * block_size, max_model_len) - num_drafts - 2
 
@@ -60,8 +69,27 @@ def rehearse(
         )
         return opened, chunk
 
-    def prefill(slots: int, tokens: int) -> None:
-        pairs = [init(slot, tokens) for slot in range(slots)]
+    def first_chunk(tokens: int) -> tuple[SlotInit, PrefillSlice]:
+        """Of a prompt that goes on behind it."""
+        opened = SlotInit(
+            request_id=0, slot=0, sampling=SamplingParams(), num_prompt_tokens=tokens + 1
+        )
+        ends = inner_tails(0, tokens, block_size=block_size, interval=tail_interval)
+        chunk = PrefillSlice(
+            request_id=0,
+            slot=0,
+            start=0,
+            token_ids=[0] * tokens,
+            next_token=0,
+            block_ids=list(range(-(-tokens // block_size))),
+            save_tails=[
+                TailSave(position=position, tail=tail)
+                for tail, position in enumerate(sorted(ends)[:num_tails])
+            ],
+        )
+        return opened, chunk
+
+    def prefill(*pairs: tuple[SlotInit, PrefillSlice]) -> None:
         execute(
             StepPlan(
                 step_id=0,
@@ -73,13 +101,16 @@ def rehearse(
 
     longest = min(max_batched_tokens, room)
     for tokens in sorted({*(n for n in _PROMPTS if n < longest), longest}):
-        for _ in range(longest_runs if tokens == longest else 1):
+        if tokens > 0:
+            prefill(init(0, tokens))
+    if prefill_graphs:
+        for tokens in (longest, longest, longest - 1):
             if tokens > 0:
-                prefill(1, tokens)
+                prefill(first_chunk(tokens))
     for batch in batches:
         if batch > num_slots or room < _SHORT:
             continue
-        prefill(batch, _SHORT)
+        prefill(*(init(slot, _SHORT) for slot in range(batch)))
         rows = [
             DecodeSlice(request_id=s, slot=s, position=_SHORT, num_tokens=1 + num_drafts)
             for s in range(batch)

@@ -222,8 +222,9 @@ class Worker:
             max_batched_tokens=self.config.scheduler.max_batched_tokens,
             num_drafts=runner.num_drafts,
             batches=DecodeGraphs.batches(info.num_slots) if runner.graphs is not None else [1],
-            # The second one is captured: what the graph takes must fit now, too.
-            longest_runs=1 if runner.prefill_graphs is None else 2,
+            num_tails=info.num_tails if self.config.scheduler.prefix_cache else 0,
+            tail_interval=self.config.kv_cache.tail_interval,
+            prefill_graphs=runner.prefill_graphs is not None,
         )
         slots.clear()
 

@@ -51,7 +51,9 @@ def logits(
     runner = worker._runner
     assert runner is not None
     assert (runner.prefill_graphs is not None) == prefill_graphs
+    rehearsed = 0
     if runner.prefill_graphs is not None:
+        rehearsed = runner.prefill_graphs.num_replays
         runner.prefill_graphs.close()  # also: a new pool after all graphs are gone
         runner.prefill_graphs._choice = CaptureChoice(kept=2, idle=2)
     draw = np.random.default_rng(0)
@@ -81,6 +83,8 @@ def logits(
         ).outputs
         found += [out.logits, after.logits]
         tokens += [*out.token_ids, *after.token_ids]
+    if runner.prefill_graphs is not None:
+        assert runner.prefill_graphs.num_replays - rehearsed == 4
     worker.close()
     return found, tokens
 

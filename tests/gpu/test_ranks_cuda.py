@@ -34,7 +34,7 @@ def run_rank(
     config: WorkerConfig,
     init_method: str,
     steps: list[StepPlan],
-    answer: SimpleQueue[bytes],
+    answer: SimpleQueue[tuple[bytes, int]],
 ) -> None:
     parallel = config.parallel
     coord = MeshCoord(cp=parallel.cp, tp=parallel.tp, rank=rank)
@@ -43,25 +43,33 @@ def run_rank(
     worker.load()
     worker.init_cache()
     worker.warm_up()
+    rehearsed = prefill_replays(worker)
     outputs = [worker.execute(plan).outputs for plan in steps]
     if rank == 0:
-        answer.put(b"".join(step[0].logits for step in outputs))
+        replays = prefill_replays(worker) - rehearsed
+        answer.put((b"".join(step[0].logits for step in outputs), replays))
     worker.close()
+
+
+def prefill_replays(worker: Worker) -> int:
+    runner = worker._runner
+    assert runner is not None
+    return runner.prefill_graphs.num_replays if runner.prefill_graphs is not None else 0
 
 
 def world(config: WorkerConfig, ids: list[int], prefilled: int) -> np.ndarray:
     """Logits [tokens, vocabulary] of a prompt and given tokens behind it."""
     blocks = list(range(-(-(len(ids) + 8) // BLOCK)))
-    return world_logits(config, forced_plans(ids, prefilled, blocks))
+    return run_world(config, forced_plans(ids, prefilled, blocks))[0]
 
 
-def world_logits(config: WorkerConfig, steps: list[StepPlan]) -> np.ndarray:
-    """Logits [rows, vocabulary] of all steps, one process per GPU."""
+def run_world(config: WorkerConfig, steps: list[StepPlan]) -> tuple[np.ndarray, int]:
+    """Logits [rows, vocabulary] of all steps, one process per GPU; prefill steps that were replayed."""
     prefilled = sum(len(part.token_ids) for step in steps for part in step.prefill)
     tokens = prefilled + sum(len(row.token_ids) for step in steps for row in step.decode)
     store, init_method = serve_store("127.0.0.1", 120)
     context = multiprocessing.get_context("spawn")
-    answer: SimpleQueue[bytes] = context.SimpleQueue()
+    answer: SimpleQueue[tuple[bytes, int]] = context.SimpleQueue()
     ranks = [
         context.Process(target=run_rank, args=(rank, config, init_method, steps, answer))
         for rank in range(config.parallel.world)
@@ -71,12 +79,13 @@ def world_logits(config: WorkerConfig, steps: list[StepPlan]) -> np.ndarray:
     while answer.empty():
         assert all(p.exitcode in (None, 0) for p in ranks), [p.exitcode for p in ranks]
         ranks[0].join(0.2)
-    logits = np.frombuffer(answer.get(), np.float32).reshape(tokens, -1)
+    rows, replays = answer.get()
+    logits = np.frombuffer(rows, np.float32).reshape(tokens, -1)
     for process in ranks:
         process.join(60)
     assert [p.exitcode for p in ranks] == [0] * len(ranks)
     del store  # it must outlive the ranks
-    return logits
+    return logits, replays
 
 
 def setup(source: ModelSource, cp: int, tp: int) -> WorkerConfig:
@@ -166,7 +175,10 @@ def test_prefill_graphs_on_four_ranks(tmp_path: Path, cp: int, peer_memory: bool
         kv_cache=KVCacheConfig(num_blocks=64, block_size=BLOCK),
     )
     steps = chunk_plans(2, 6, 1024)
-    launched = world_logits(config, steps)
-    replayed = world_logits(replace(config, prefill_graphs=True), steps)
+    launched, none = run_world(replace(config, prefill_graphs=False), steps)
+    replayed, replays = run_world(replace(config, prefill_graphs=True), steps)
+    # Of the first prompt's later chunks all but two; of the second prompt all but the first, which is
+    # captured then.
+    assert (none, replays) == (0, 8)
     assert np.isfinite(launched).all()
     assert np.array_equal(replayed, launched)

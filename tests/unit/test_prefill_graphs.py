@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +17,7 @@ from model.checkpoint.source import load_config
 from model.forward_batch import PrefillBatch
 from model.parallel.config import MeshCoord, ParallelConfig
 from tests.helpers.parity_runs import shape_path
-from tests.helpers.replay import FakeRecorder
+from tests.helpers.replay import FakeGraph, FakeRecorder
 from worker.batch_layout import layout_of, place_in, tensors_of
 from worker.kv_cache import KVCachePool
 from worker.prefill_builder import PrefillBuilder, PrefillStep
@@ -26,6 +26,7 @@ from worker.protocol import PrefillSlice, SamplingParams, SlotInit, TailSave
 from worker.slots import SlotTable
 
 BLOCK, SLOTS, COLUMNS = 128, 4, 24
+MOST = 300  # columns of a slot's table
 CPU = torch.device("cpu")
 
 
@@ -59,7 +60,7 @@ class Ranks:
             device=CPU,
             streams_dtype=torch.float32,
         )
-        self.slots = SlotTable(SLOTS, 2 * COLUMNS, cp=cp, cp_rank=0, sharded=False)
+        self.slots = SlotTable(SLOTS, MOST, cp=cp, cp_rank=0, sharded=False)
         self.builders = [
             PrefillBuilder(
                 spec, parallel, MeshCoord(cp=cp, tp=1, rank=r), self.pool, self.slots, CPU
@@ -172,13 +173,16 @@ def test_full_chunks_of_a_long_prompt_share_a_key() -> None:
     ranks = Ranks(4)
     for builder in ranks.builders:
         builder.pad_tables = True
-    found = [one_key(ranks.steps((Piece(640 * i, 640),), columns=5 * i + 5)) for i in range(6)]
-    assert len(set(found[1:3])) == 1  # up to 16 columns
-    assert len(set(found[3:])) == 1  # up to 32
+    found = [one_key(ranks.steps((Piece(640 * i, 640),), columns=5 * i + 5)) for i in range(58)]
+    assert len(set(found[1:51])) == 1  # up to 256 columns
+    assert len(set(found[51:])) == 1  # up to 512
+    assert len(set(found)) == 3
     (step, *_) = ranks.steps((Piece(0, 640),), columns=17)
-    assert step.batch.block_table.shape == (1, 32)
+    assert step.batch.block_table.shape == (1, 256)
     assert (step.batch.block_table[:, 17:] == -1).all()
     assert (step.batch.main_block_table[:, 17:] == -1).all()
+    (step, *_) = ranks.steps((Piece(0, 640), Piece(128, 5)), columns=17)
+    assert step.batch.block_table.shape == (2, 17)  # such a step hardly comes back
 
 
 def test_all_ranks_choose_alike() -> None:
@@ -252,7 +256,7 @@ def test_replays_read_the_new_step_and_results_are_the_callers(cp: int) -> None:
         before = step.packed.clone()
         results.append((graphs.run(step), weighed(step.batch)))
         assert torch.equal(before, step.packed)
-    assert recorder.captures == 1
+    assert (recorder.captures, graphs.num_replays) == (1, 3)
     assert all(torch.equal(found, want) for found, want in results)  # later replays changed none
     assert len({float(found[0, 0, 0]) for found, _ in results}) == 5
     graphs.close()
@@ -293,6 +297,43 @@ def test_another_layout_under_a_known_key_is_refused() -> None:
         graphs.run(short)
     with pytest.raises(RuntimeError, match="6 rows has the key of another layout"):
         graphs.run(replace(long, key=short.key))
+
+
+class NoMemory(FakeRecorder):
+    """Captures nothing; torch's context manager may fail in turn while it leaves."""
+
+    def capture(self, work: Callable[[], Tensor]) -> tuple[FakeGraph, Tensor]:
+        try:
+            raise torch.OutOfMemoryError("tried to allocate")
+        finally:
+            if self.events:
+                raise RuntimeError("capture was invalidated")
+
+
+@pytest.mark.parametrize("events", [[], ["leave badly"]])
+def test_a_capture_without_memory_names_the_ways_out(events: list[str]) -> None:
+    graphs = PrefillGraphs(weighed, NoMemory(torch.float64, events=events))
+    steps = like_steps(Ranks(1))
+    graphs.run(next(steps))
+    with pytest.raises(RuntimeError, match="prefill_graphs: false, or lower kv_cache"):
+        graphs.run(next(steps))
+
+
+def test_only_beside_graphs_a_launched_step_blames_them() -> None:
+    def forward(batch: PrefillBatch) -> Tensor:
+        if batch.num_rows == 6:
+            raise torch.OutOfMemoryError("tried to allocate")
+        return weighed(batch)
+
+    ranks = Ranks(1)
+    (short,), (long,) = ranks.steps((Piece(0, 5),)), ranks.steps((Piece(0, 6),))
+    graphs = PrefillGraphs(forward, FakeRecorder(torch.float64))
+    with pytest.raises(torch.OutOfMemoryError, match="tried"):
+        graphs.run(long)
+    for _ in range(2):
+        graphs.run(short)
+    with pytest.raises(RuntimeError, match="prefill_graphs: false"):
+        graphs.run(replace(long, key="another"))
 
 
 def test_what_keeps_prefill_out_of_graphs() -> None:

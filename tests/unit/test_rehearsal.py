@@ -8,7 +8,7 @@ from worker.protocol import StepOutput, StepPlan
 from worker.rehearsal import rehearse
 
 
-def steps(*, longest_runs: int = 1, **limits: int) -> list[StepPlan]:
+def steps(*, prefill_graphs: bool = False, **limits: int) -> list[StepPlan]:
     seen: list[StepPlan] = []
 
     def execute(plan: StepPlan) -> StepOutput:
@@ -23,7 +23,7 @@ def steps(*, longest_runs: int = 1, **limits: int) -> list[StepPlan]:
         "max_batched_tokens": 1000,
         "num_drafts": 1,
     } | limits
-    rehearse(execute, batches=[1, 2, 4, 8], longest_runs=longest_runs, **limits)
+    rehearse(execute, batches=[1, 2, 4, 8], prefill_graphs=prefill_graphs, **limits)
     return seen
 
 
@@ -36,18 +36,27 @@ def test_prompts_up_to_the_largest_step_and_every_batch() -> None:
     assert all(row.num_tokens == 2 and row.position == 3 for rows in decodes for row in rows)
 
 
-def test_the_largest_step_may_run_again_to_be_captured() -> None:
-    plans = [p for p in steps(longest_runs=2) if p.phase == "prefill"]
-    assert [len(p.prefill[0].token_ids) for p in plans[:5]] == [7, 100, 512, 1000, 1000]
-    assert plans[3].prefill == plans[4].prefill
+def test_the_largest_step_is_captured_and_one_runs_beside_the_graph() -> None:
+    plans = steps(prefill_graphs=True, num_tails=4, tail_interval=2)
+    chunks = [p.prefill[0] for p in plans if p.phase == "prefill"][:7]
+    assert [len(c.token_ids) for c in chunks] == [7, 100, 512, 1000, 1000, 1000, 999]
+    assert chunks[4] == chunks[5]
+    assert not chunks[4].sample
+    assert [save.position for save in chunks[4].save_tails] == [512]
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 8])
 @pytest.mark.parametrize("length", [3, 6, 300, 5000])
-def test_no_step_leaves_the_caches(blocks: int, length: int) -> None:
-    for plan in steps(num_blocks=blocks, max_model_len=length):
+@pytest.mark.parametrize("graphs", [False, True])
+def test_no_step_leaves_the_caches(blocks: int, length: int, graphs: bool) -> None:
+    limits = {"num_blocks": blocks, "max_model_len": length, "num_tails": 1, "tail_interval": 1}
+    for plan in steps(**limits, prefill_graphs=graphs):
         for chunk in plan.prefill:
             assert max(chunk.block_ids) < blocks
+            assert all(save.tail == 0 for save in chunk.save_tails)
+            if not chunk.sample:  # nothing follows
+                assert len(chunk.token_ids) <= min(length, len(chunk.block_ids) * 256)
+                continue
             last = (
                 chunk.start + len(chunk.token_ids) + 2
             )  # and a decode step of a token and a draft

@@ -106,20 +106,71 @@ def prompt(length: int, first: int = 0) -> list[int]:
     return [(first * 31 + 7 * i) % VOCAB for i in range(length)]
 
 
-def test_long_prompts_are_chunked_and_share_a_step() -> None:
+def chunks_of(plans: list[StepPlan]) -> list[list[tuple[int, int, int]]]:
+    """(request, start, tokens) of every slice, by step."""
+    return [[(s.request_id, s.start, len(s.token_ids)) for s in plan.prefill] for plan in plans]
+
+
+def test_long_prompts_are_chunked_and_share_their_last_step() -> None:
     bench = Bench(max_batched_tokens=20)
-    bench.add(prompt(5), 1)
-    bench.add(prompt(33, 1), 1)
+    bench.add(prompt(33), 1)
+    bench.add(prompt(5, 1), 1)
+    bench.add(prompt(2, 2), 1)
     plans = bench.run()
-    chunks = [[(s.start, len(s.token_ids), s.sample) for s in plan.prefill] for plan in plans]
-    assert chunks == [
-        [(0, 5, True), (0, 15, False)],
-        [(15, 18, True)],
-    ]
-    assert plans[0].prefill[1].next_token == prompt(33, 1)[15]
+    assert chunks_of(plans) == [[(0, 0, 20)], [(0, 20, 13), (1, 0, 5), (2, 0, 2)]]
+    assert [[s.sample for s in plan.prefill] for plan in plans] == [[False], [True] * 3]
+    assert plans[0].prefill[0].next_token == prompt(33)[20]
     assert plans[1].prefill[0].next_token == -1
     # Blocks are announced with the chunk that needs them first.
-    assert [len(s.block_ids) for plan in plans for s in plan.prefill] == [1, 2, 3]
+    assert [len(s.block_ids) for plan in plans for s in plan.prefill] == [3, 2, 1, 1]
+    assert bench.is_clean()
+
+
+def test_a_prompt_that_must_be_split_starts_a_step() -> None:
+    """Queued long prompts have chunks at multiples of a step's tokens, short ones before or behind."""
+    bench = Bench(max_batched_tokens=20, num_slots=8)
+    lengths = (5, 33, 47, 8, 13, 41, 20)
+    seqs = [bench.add(prompt(length, i), 1) for i, length in enumerate(lengths)]
+    assert chunks_of(bench.run()) == [
+        [(0, 0, 5)],
+        [(1, 0, 20)],
+        [(1, 20, 13)],
+        [(2, 0, 20)],
+        [(2, 20, 20)],
+        [(2, 40, 7), (3, 0, 8)],
+        [(4, 0, 13)],
+        [(5, 0, 20)],
+        [(5, 20, 20)],
+        [(5, 40, 1)],
+        [(6, 0, 20)],
+    ]
+    assert [seq.output_ids for seq in seqs] == [bench.expected(seq) for seq in seqs]
+    assert bench.is_clean()
+
+
+def test_what_is_cached_of_a_prompt_counts_for_whether_it_fits() -> None:
+    bench = Bench(max_batched_tokens=20, num_slots=8)
+    bench.add(prompt(40), 1)
+    bench.run()
+    bench.add(prompt(4, 1), 1)
+    bench.add(prompt(40), 1)  # all but its last block is cached
+    bench.add(prompt(32) + prompt(30, 2), 1)  # as far
+    plans = bench.run()
+    assert chunks_of(plans) == [[(1, 0, 4), (2, 32, 8)], [(3, 32, 20)], [(3, 52, 10)]]
+    assert bench.is_clean()
+
+
+def test_a_long_prompt_starts_though_short_ones_keep_coming() -> None:
+    bench = Bench(max_batched_tokens=20, num_slots=4)
+    bench.add(prompt(12), 1)
+    long = bench.add(prompt(50, 1), 1)
+    for i in range(12):
+        bench.add(prompt(7, i + 2), 1)
+        bench.step()
+        if i == 1:
+            assert long.num_computed == 20
+    assert long.status is SequenceStatus.FINISHED
+    bench.run()
     assert bench.is_clean()
 
 
