@@ -155,9 +155,15 @@ class Scheduler:
                 room.take(seq, size)
 
     def _admit_next(self, inits: list[SlotInit], room: StepRoom) -> Sequence | None:
-        """Start the first waiting sequence if the step, slots, blocks and a step's logits allow."""
+        """Start the first waiting sequence if the step, slots, blocks and a step's logits allow.
+
+        Behind others a step starts only what need not be split. All chunks of a long prompt but the last
+        are full ones then, whose shapes come back (``worker.prefill_graph``).
+        """
         seq = self.waiting[0]
-        if not room.starts(seq, self.placement.num_cached(seq)):
+        if not self.placement.num_free_slots:
+            return None
+        if not room.is_empty and not room.takes_whole(seq, self.placement.num_cached(seq)):
             return None
         rows = sum(item.logit_rows for item in [*self.running, seq])
         if rows > self.limits.max_logit_rows:

@@ -46,9 +46,8 @@ Chunks = tuple[Chunk, ...]
 Parts = tuple[tuple[Segment, ...], ...]  # segments by cp rank
 Tails = tuple[tuple[int, ...], ...]  # positions by request
 
-LONG_COLUMNS = (
-    256  # that the block table of a single request is padded to: 64K tokens in blocks of 256
-)
+# That the block table of a single request is padded to: 64K tokens in blocks of 256.
+LONG_COLUMNS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

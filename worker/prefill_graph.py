@@ -29,9 +29,8 @@ if TYPE_CHECKING:
 Forward = Callable[["PrefillBatch"], Tensor]
 
 _KEPT = 4  # graphs at once: each keeps its result and thousands of launches
-_IDLE = (
-    64  # prefill steps after which a graph may make room; a capture costs several launched steps
-)
+# Prefill steps after which a graph may make room; a capture costs several launched steps.
+_IDLE = 64
 _SEEN = 256  # keys remembered that have no graph
 
 
@@ -149,8 +148,9 @@ class PrefillGraphs:
             self._load(self._captured[step.key], step)
             self.num_replays += 1
         captured = self._captured[step.key]
-        captured.graph.replay()
-        return captured.streams.clone()  # the next graph works in the same memory
+        with _ways_out():
+            captured.graph.replay()
+            return captured.streams.clone()  # the next graph works in the same memory
 
     def close(self) -> None:
         """Destroy the graphs: NCCL gives up no communicator that one of them still names."""
