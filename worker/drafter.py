@@ -16,7 +16,8 @@ from model.forward_batch import RowExchange, WindowPlan
 from model.parallel.context import share_rows
 from worker.decode_builder import DecodeBuilder, DecodeRows
 from worker.kv_cache import KVCachePool
-from worker.prefill_builder import PrefillBuilder, PrefillStep
+from worker.prefill_builder import PrefillBuilder
+from worker.prefill_step import PrefillStep
 from worker.protocol import DecodeSlice, PrefillSlice
 from worker.sampling import RankSampler
 from worker.slots import Slot

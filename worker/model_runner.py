@@ -22,8 +22,9 @@ from worker.cuda_graph import DecodeGraphs, GraphMemory
 from worker.decode_builder import DecodeBuilder, DecodeRows
 from worker.drafter import Drafter, DraftRequest
 from worker.kv_cache import KVCachePool
-from worker.prefill_builder import PrefillBuilder, PrefillStep
+from worker.prefill_builder import PrefillBuilder
 from worker.prefill_graph import PrefillGraphs
+from worker.prefill_step import PrefillStep
 from worker.protocol import DecodeSlice, PrefillSlice, SliceOutput, TokenLogprobs
 from worker.sampling import Draw, RankSampler
 from worker.slots import Slot, SlotTable

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,10 +21,8 @@ from model.forward_batch import (
 from model.parallel.config import MeshCoord, ParallelConfig
 from model.parallel.partition import (
     RowPlan,
-    cut,
     entry_plan,
     find_token,
-    group_wants,
     local_index,
     local_tokens,
     mtp_segments,
@@ -37,46 +33,16 @@ from model.parallel.partition import (
 from model.parallel.ranges import Chunk, RowRange, Segment
 from worker.batch_layout import pack
 from worker.kv_cache import KVCachePool
-from worker.prefill_key import StepKey, step_key
+from worker.prefill_key import step_key
+from worker.prefill_step import MTPFill, PrefillStep
 from worker.protocol import PrefillSlice
+from worker.row_plans import Chunks, Parts, cut_chunks, group_rows, tails_of, window_rows
 from worker.slots import SlotTable
 
 Indices = np.ndarray
-Chunks = tuple[Chunk, ...]
-Parts = tuple[tuple[Segment, ...], ...]  # segments by cp rank
-Tails = tuple[tuple[int, ...], ...]  # positions by request
 
 # That the block table of a single request is padded to: 64K tokens in blocks of 256.
 LONG_COLUMNS = 256
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MTPFill:
-    """Local rows whose MTP window latent is kept, and how they travel.
-
-    ``next_ids`` [T] is the token after each local row (0 where unknown).
-    """
-
-    next_ids: Tensor
-    local: Tensor
-    positions: Tensor
-    plan: WindowPlan
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrefillStep:
-    """A batch and what the runner needs around it.
-
-    ``packed`` is the buffer in which the batch's tensors lie. ``fill`` is None without MTP. ``key`` is the
-    same on every rank; steps of one key have batches of one layout.
-    """
-
-    batch: PrefillBatch
-    packed: Tensor
-    chunks: tuple[Chunk, ...]
-    segments: tuple[tuple[Segment, ...], ...]
-    fill: MTPFill | None
-    key: StepKey
 
 
 class PrefillBuilder:
@@ -107,7 +73,7 @@ class PrefillBuilder:
     def build(self, slices: Sequence[PrefillSlice]) -> PrefillStep:
         """Cut the step's chunks and plan everything that moves."""
         chunks = tuple(Chunk(s.start, s.start + len(s.token_ids)) for s in slices)
-        segments = _cut(chunks, self.coord.cp, self.parallel.cp_min_tokens)
+        segments = cut_chunks(chunks, self.coord.cp, self.parallel.cp_min_tokens)
         request, position = local_tokens(segments[self.coord.cp_rank])
         ids, next_ids = self._local_ids(slices, request, position)
         indices = [s.slot for s in slices]
@@ -141,7 +107,7 @@ class PrefillBuilder:
             key=step_key(
                 chunks,
                 segments,
-                _tails(slices),
+                tails_of(slices),
                 block_table.shape[1],
                 window=self.window,
                 ratios=self.spec.ratios,
@@ -182,7 +148,7 @@ class PrefillBuilder:
         chunks: Chunks,
         segments: Parts,
     ) -> WindowPlan:
-        plan = _window_rows(chunks, segments, _tails(slices), self.window, self.publish_all)
+        plan = window_rows(chunks, segments, tails_of(slices), self.window, self.publish_all)
         mine = segments[self.coord.cp_rank]
         return self._window_plan(
             plan, slices, chunks, mine, count=num_tokens(mine), keep=self.window - 1
@@ -253,7 +219,7 @@ class PrefillBuilder:
         rank, overlap = self.coord.cp_rank, ratio == CSA_RATIO
         back = int(overlap)
         everyone = self.publish_all or self.coord.cp == 1
-        plan = _group_rows(chunks, segments, _tails(slices), ratio, everyone, self.publish_all)
+        plan = group_rows(chunks, segments, tails_of(slices), ratio, everyone, self.publish_all)
         entries = entry_plan(chunks, segments, ratio, everyone=everyone)
         row_index = [np.zeros((0, ratio * (1 + back)), dtype=np.int64)]
         for index, w0, w1 in entries.ranges[rank]:
@@ -343,8 +309,8 @@ class PrefillBuilder:
         # The first draft runs the chunk's last row through the block, once its next token is known: that
         # row sees window - 1 rows before itself, so the ring keeps one row more than in other layers.
         window = self.window + 1
-        kept = mtp_segments(chunks, segments, window, _tails(slices))
-        _, shared = window_wants(chunks, segments, window, _tails(slices))
+        kept = mtp_segments(chunks, segments, window, tails_of(slices))
+        _, shared = window_wants(chunks, segments, window, tails_of(slices))
         plan = plan_rows(
             chunks,
             kept,
@@ -370,31 +336,6 @@ def _tensor(values: Indices) -> Tensor:
 
 def _join(parts: list[Indices]) -> Tensor:
     return _tensor(np.concatenate([np.zeros(0, dtype=np.int64), *parts]).astype(np.int64))
-
-
-def _tails(slices: Sequence[PrefillSlice]) -> Tails:
-    return tuple(tuple(save.position for save in s.save_tails) for s in slices)
-
-
-# The same chunks come back: the first ones of long prompts, above all.
-_cut = functools.lru_cache(maxsize=16)(cut)
-
-
-@functools.lru_cache(maxsize=16)
-def _window_rows(
-    chunks: Chunks, segments: Parts, tails: Tails, window: int, publish_all: bool
-) -> RowPlan:
-    own, shared = window_wants(chunks, segments, window, tails)
-    return plan_rows(chunks, segments, rank_wants=own, shared_wants=shared, publish_all=publish_all)
-
-
-@functools.lru_cache(maxsize=16)
-def _group_rows(
-    chunks: Chunks, segments: Parts, tails: Tails, ratio: int, everyone: bool, publish_all: bool
-) -> RowPlan:
-    overlap = ratio == CSA_RATIO
-    own, shared = group_wants(chunks, segments, ratio, overlap, tails, everyone=everyone)
-    return plan_rows(chunks, segments, rank_wants=own, shared_wants=shared, publish_all=publish_all)
 
 
 def _carried(

@@ -23,8 +23,8 @@ from worker.batch_layout import layout_of, place_in
 if TYPE_CHECKING:
     from model.forward_batch import PrefillBatch
     from model.parallel.config import ParallelConfig
-    from worker.prefill_builder import PrefillStep
     from worker.prefill_key import StepKey
+    from worker.prefill_step import PrefillStep
 
 Forward = Callable[["PrefillBatch"], Tensor]
 

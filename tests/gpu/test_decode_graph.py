@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.parallel.config import MeshCoord
+from tests.helpers.one_rank import started
 from tests.helpers.small_flash import small_flash
 from worker.config import (
     KVCacheConfig,
@@ -18,7 +18,6 @@ from worker.config import (
     WorkerConfig,
 )
 from worker.protocol import DecodeSlice, PrefillSlice, SamplingParams, SlotInit, StepPlan
-from worker.worker import Worker
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,11 +36,7 @@ def decode_logits(shape: str, *, cuda_graphs: bool, mtp: int = 0) -> tuple[list[
         speculative=SpeculativeConfig(mtp=mtp),
         cuda_graphs=cuda_graphs,
     )
-    worker = Worker(config, MeshCoord(cp=1, tp=1, rank=0))
-    worker.init_distributed("")
-    worker.load()
-    worker.init_cache()
-    worker.warm_up()
+    worker = started(config)
     draw = np.random.default_rng(0)
     position, found, tokens, step = {}, [], [], 0
     for slot, length in enumerate(PROMPTS):

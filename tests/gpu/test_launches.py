@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
-from model.parallel.config import MeshCoord
+from tests.helpers.one_rank import started
 from tests.helpers.small_flash import small_flash
 from worker.config import KVCacheConfig, ModelSource, SchedulerConfig, WorkerConfig
 from worker.decode_builder import DecodeRows
-from worker.worker import Worker
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,11 +30,7 @@ def launches(shape: str) -> Counter[str]:
         scheduler=SchedulerConfig(max_num_seqs=1, prefix_cache=False),
         cuda_graphs=False,
     )
-    worker = Worker(config, MeshCoord(cp=1, tp=1, rank=0))
-    worker.init_distributed("")
-    worker.load()
-    worker.init_cache()
-    worker.warm_up()
+    worker = started(config)
     runner = worker._runner
     assert runner is not None
     with torch.inference_mode():

@@ -11,10 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.parallel.config import MeshCoord
 from tests.helpers.forced_plans import forced_plans
+from tests.helpers.one_rank import started
 from worker.config import KVCacheConfig, ModelSource, SchedulerConfig, WorkerConfig
-from worker.worker import Worker
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,11 +34,7 @@ def score(case: str, numerics: str, prefilled: int) -> Tensor:
         kv_cache=KVCacheConfig(num_blocks=8),
         scheduler=SchedulerConfig(max_num_seqs=2, prefix_cache=False),
     )
-    worker = Worker(config, MeshCoord(cp=1, tp=1, rank=0))
-    worker.init_distributed("")
-    worker.load()
-    worker.init_cache()
-    worker.warm_up()
+    worker = started(config)
     plans = forced_plans(ids, prefilled, [5, 2, 7])
     parts = [worker.execute(plan).outputs[0].logits for plan in plans]
     worker.close()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.parallel.config import MeshCoord
+from tests.helpers.one_rank import started
 from tests.helpers.small_flash import VOCAB, small_flash
 from worker.config import (
     KVCacheConfig,
@@ -19,7 +19,6 @@ from worker.config import (
 )
 from worker.prefill_graph import CaptureChoice
 from worker.protocol import DecodeSlice, PrefillSlice, SamplingParams, SlotInit, StepPlan
-from worker.worker import Worker
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,12 +41,8 @@ def logits(
         speculative=SpeculativeConfig(mtp=mtp),
         prefill_graphs=prefill_graphs,
     )
-    worker = Worker(config, MeshCoord(cp=1, tp=1, rank=0))
-    worker.init_distributed("")
-    worker.load()
-    worker.init_cache()
+    worker = started(config)
     assert not worker.prefill_obstacle()
-    worker.warm_up()
     runner = worker._runner
     assert runner is not None
     assert (runner.prefill_graphs is not None) == prefill_graphs

@@ -20,8 +20,9 @@ from tests.helpers.parity_runs import shape_path
 from tests.helpers.replay import FakeGraph, FakeRecorder
 from worker.batch_layout import layout_of, place_in, tensors_of
 from worker.kv_cache import KVCachePool
-from worker.prefill_builder import PrefillBuilder, PrefillStep
+from worker.prefill_builder import PrefillBuilder
 from worker.prefill_graph import CaptureChoice, PrefillGraphs, prefill_obstacle
+from worker.prefill_step import PrefillStep
 from worker.protocol import PrefillSlice, SamplingParams, SlotInit, TailSave
 from worker.slots import SlotTable
 
