@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "scale_columns.cuh"
+
 namespace causeway {
 
 struct Output {
@@ -13,6 +15,7 @@ struct Output {
   uint8_t* scale;    // [rows, blocks]
   int64_t q_stride;
   int64_t scale_stride;
+  ScaleColumns columns;
 };
 
 __device__ __forceinline__ float to_float(float value) { return value; }
@@ -121,7 +124,10 @@ __device__ __forceinline__ void write8(
       }
     }
   }
-  if ((lane & 15) == 0) out.scale[row * out.scale_stride + block] = static_cast<uint8_t>(byte);
+  if ((lane & 15) == 0) {
+    out.scale[row * out.scale_stride + block] = static_cast<uint8_t>(byte);
+    out.columns.write(row, block, byte);
+  }
 }
 
 }  // namespace causeway

@@ -217,15 +217,20 @@ int start_norm(const void* x, int64_t x_stride, const void* weight, void* normed
   }
 }
 
+Output output(void* q, int64_t q_stride, void* scale, int64_t scale_stride, float* columns, int shift, int k) {
+  return {static_cast<uint8_t*>(q), static_cast<uint8_t*>(scale), q_stride, scale_stride,
+          {columns, (k + 127) / 128, shift}};
+}
+
 }  // namespace
 
-// Strides in elements; q and scale strides in bytes. `wide`: every row starts on 16 bytes, k is a
+// Strides in elements; q and scale strides in bytes. `columns` (may be null) in pieces of 2^shift rows. `wide`: every row starts on 16 bytes, k is a
 // multiple of 8 and col_offset is 0. Each entry returns a cudaError_t.
 extern "C" int causeway_quant_rows(
     const void* x, int x_is_float, int64_t x_stride, const float* amax, int64_t amax_stride, void* q,
-    int64_t q_stride, void* scale, int64_t scale_stride, int64_t rows, int k, int col_offset, int wide,
-    void* stream) {
-  const Output out{static_cast<uint8_t*>(q), static_cast<uint8_t*>(scale), q_stride, scale_stride};
+    int64_t q_stride, void* scale, int64_t scale_stride, float* columns, int shift, int64_t rows, int k,
+    int col_offset, int wide, void* stream) {
+  const Output out = output(q, q_stride, scale, scale_stride, columns, shift, col_offset + k);
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
   if (x_is_float) {
     const Plain<float> source{static_cast<const float*>(x), x_stride, amax, amax_stride};
@@ -238,8 +243,8 @@ extern "C" int causeway_quant_rows(
 extern "C" int causeway_swiglu_quant(
     const void* g, const void* u, int is_float, int64_t g_stride, int64_t u_stride,
     const float* row_weight, float limit, void* q, int64_t q_stride, void* scale, int64_t scale_stride,
-    int64_t rows, int k, int wide, void* stream) {
-  const Output out{static_cast<uint8_t*>(q), static_cast<uint8_t*>(scale), q_stride, scale_stride};
+    float* columns, int shift, int64_t rows, int k, int wide, void* stream) {
+  const Output out = output(q, q_stride, scale, scale_stride, columns, shift, k);
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
   if (is_float) {
     const SwiGLU<float> source{static_cast<const float*>(g), static_cast<const float*>(u), g_stride,
@@ -256,8 +261,8 @@ extern "C" int causeway_swiglu_quant(
 extern "C" int causeway_rms_norm_quant(
     const void* x, int x_is_float, int64_t x_stride, const void* weight, int weight_is_float, float eps,
     void* normed, int64_t normed_stride, void* q, int64_t q_stride, void* scale, int64_t scale_stride,
-    int64_t rows, int k, void* stream) {
-  const Output out{static_cast<uint8_t*>(q), static_cast<uint8_t*>(scale), q_stride, scale_stride};
+    float* columns, int shift, int64_t rows, int k, void* stream) {
+  const Output out = output(q, q_stride, scale, scale_stride, columns, shift, k);
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
   if (x_is_float) {
     return weight_is_float ? start_norm<float, float>(x, x_stride, weight, normed, normed_stride, out,
