@@ -1,9 +1,9 @@
 """``linear_quant`` by DeepGEMM (package ``sgl-deep-gemm``) where it was measured to be faster.
 
 That is: bf16 results of many rows, for whole weights of the shapes in ``pieces.FASTER``, of rows whose
-float32 scales were written with them. They go through in pieces of the listed heights; what is left
-over, and everything else, is the own kernel's. Both give the same bits (tested): per 128 columns of K
-one sum of the tensor cores, scaled, added in float32 in ascending order.
+maker wrote their float32 scales. They go through in pieces of the listed heights; what is left over,
+and everything else, is the own kernel's. Both give the same bits (tested): per 128 columns of K one sum
+of the tensor cores, scaled, added in float32 in ascending order.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def linear_quant(rows: QuantRows, w: PreparedWeight, *, out_dtype: torch.dtype) 
     weight: object = w  # one of the classes that prepare_weight made
     if not isinstance(weight, Fp8Weight) or not serves(rows, weight, out_dtype):
         return cuda_impl.linear_quant(rows, w, out_dtype=out_dtype)
-    scales = cast("tuple[Tensor, Tensor]", (rows.columns, weight.float_scale))
-    count, height = rows.shape[0], scales[0].shape[2]
+    columns, scale = cast("tuple[Tensor, Tensor]", (rows.columns, weight.float_scale))
+    count, height = rows.shape[0], columns.shape[2]
     out = torch.empty(count, weight.out_features, dtype=out_dtype, device=rows.device)
     for piece in range(count // height):
         part = slice(piece * height, (piece + 1) * height)
-        multiply(rows.q[part], scales[0][piece], weight.data, scales[1], out[part])
+        multiply(rows.q[part], columns[piece], weight.data, scale, out[part])
     done = count - count % height
     if done < count:
         rest = QuantRows(q=rows.q[done:], scale=rows.scale[done:])
@@ -78,7 +78,13 @@ def multiply(q: Tensor, columns: Tensor, data: Tensor, scale: Tensor, out: Tenso
         out: bf16 [height, n].
     """
     with DEEP_GEMM.named("fp8_gemm_nt"), _early_start():
-        deep_gemm.fp8_gemm_nt((q, columns.t()), (data, scale), out, disable_ue8m0_cast=True)
+        deep_gemm.fp8_gemm_nt(
+            (q, columns.t()),
+            (data, scale),
+            out,
+            compiled_dims="nk",  # n and k constants of the kernel: 1 to 8 % faster than its default
+            disable_ue8m0_cast=True,
+        )
 
 
 @contextmanager

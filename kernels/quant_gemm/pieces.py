@@ -2,7 +2,7 @@
 
 It multiplies pieces of fixed heights, so that every kernel it compiles is compiled by ``build``, and
 reads scales as float32, those of rows column by column within a piece. A pass over the E8M0 bytes ahead
-of it would cost 0.7 to 1.5 % of its time: whoever makes rows writes both forms (``QuantRows``), and
+of it would cost about 1.5 us: whoever makes rows writes both forms (``QuantRows.columns``), and
 ``prepare_weight`` makes a weight's once.
 """
 
@@ -15,14 +15,21 @@ from kernels.dispatch import table
 
 # (n, k) of a whole weight -> heights of pieces, tallest first, at which DeepGEMM was faster than the own
 # kernel on an H200. Other heights are not, or slower.
+TALLEST = 4096
+_ALL = (TALLEST, 2048, 1024)
 FASTER: dict[tuple[int, int], tuple[int, ...]] = {
-    (4096, 8192): (4096,),  # Flash: wo_b
-    (4096, 4096): (4096,),  # shared w1 and w3
-    (2048, 7168): (4096, 1024),  # Pro: wq_a and wkv
-    (65536, 1536): (4096,),  # wq_b
-    (7168, 16384): (4096,),  # wo_b
-    (6144, 7168): (4096, 1024),  # shared w1 and w3
-    (7168, 3072): (4096,),  # shared w2
+    (1536, 4096): _ALL,  # Flash: wq_a and wkv
+    (32768, 1024): _ALL,  # wq_b
+    (4096, 8192): _ALL,  # wo_b
+    (4096, 4096): _ALL,  # shared w1 and w3
+    (4096, 2048): _ALL,  # shared w2
+    (8192, 1024): _ALL,  # indexer wq_b
+    (2048, 7168): _ALL,  # Pro: wq_a and wkv
+    (65536, 1536): _ALL,  # wq_b
+    (7168, 16384): (TALLEST,),  # wo_b
+    (6144, 7168): _ALL,  # shared w1 and w3
+    (7168, 3072): (TALLEST,),  # shared w2
+    (8192, 1536): _ALL,  # indexer wq_b
 }
 _HEIGHTS = {  # k -> heights of all weights that read such rows
     k: tuple(sorted({h for (_, depth), some in FASTER.items() if depth == k for h in some}))
@@ -31,9 +38,18 @@ _HEIGHTS = {  # k -> heights of all weights that read such rows
 
 
 def piece_height(rows: int, columns: int, device: torch.device) -> int | None:
-    """Rows of a piece that products of ``rows`` rows are cut into; None where none would be served."""
-    fits = [height for height in _HEIGHTS.get(columns, ()) if height <= rows]
+    """Rows of a piece that products of ``rows`` rows are cut into; None where none would be served.
+
+    What is left over goes to the own kernel, whose last tiles then fill less of the machine: pieces
+    gain by it only where nothing is left, or little of the whole.
+    """
+    heights = _HEIGHTS.get(columns, ())
+    fits = [height for height in heights if _fits(rows, height)]
     return fits[-1] if fits and _is_served(device) else None
+
+
+def _fits(rows: int, height: int) -> bool:
+    return 0 < height <= rows and (rows % height == 0 or rows >= 2 * TALLEST)
 
 
 def weight_scale(data: Tensor, scale: Tensor) -> Tensor | None:

@@ -29,7 +29,7 @@ from kernels import (
 from kernels.backend import DEEP_GEMM, FLASH_MLA, Backend
 from kernels.linear.cuda_impl import prepare_weight
 from kernels.quant_gemm import cuda_impl as own_gemm
-from kernels.quant_gemm.pieces import FASTER
+from kernels.quant_gemm.pieces import FASTER, TALLEST, piece_height
 from kernels.sparse_attention import cuda_impl as own_attention
 from kernels.sparse_attention import reference as attention_reference
 from tests.kernels.attention_gpu import error, random_entries, random_ring
@@ -52,13 +52,16 @@ def test_deep_gemm_products_have_the_own_kernels_bits(n: int, k: int) -> None:
     gemm = implementation("kernels.quant_gemm.deep_gemm_impl", DEEP_GEMM)
     w = prepare_weight(BlockWeight(*quant_fp8_weight(torch.randn(n, k, device="cuda"))))
     heights = FASTER[n, k]
-    x = torch.randn(2 * heights[0] + heights[-1] + 77, k, device="cuda")
-    for count in (heights[0], heights[-1] + 5, x.shape[0], heights[-1] - 1, 0):
+    x = torch.randn(2 * TALLEST + heights[-1] + 77, k, device="cuda")
+    for count in (*heights, 3 * heights[-1], heights[-1] + 5, x.shape[0], heights[-1] - 1, 0):
         rows = quant_rows(x[:count])
         with pieces_of(gemm) as multiplied:
             got = gemm.linear_quant(rows, w, out_dtype=torch.bfloat16)
-        fits = [height for height in heights if height <= count]
-        assert multiplied == fits[:1] * (count // fits[0] if fits else 0)
+        height = piece_height(count, k, x.device)
+        assert multiplied == ([height] * (count // height) if height else [])
+        assert (height is None) == (
+            (count % heights[-1] != 0 and count < 2 * TALLEST) or count == 0
+        )
         assert torch.equal(got, own_gemm.linear_quant(rows, w, out_dtype=torch.bfloat16))
     part = quant_rows(x[: heights[-1]])
     got = gemm.linear_quant(part, w, out_dtype=torch.bfloat16)
@@ -90,7 +93,7 @@ def test_what_deep_gemm_does_not_take_goes_to_the_own_kernel() -> None:
 @pytest.mark.parametrize("more", [0, 700])
 def test_makers_of_rows_write_scales_by_columns(k: int, more: int) -> None:
     implementation("kernels.quant_gemm.deep_gemm_impl", DEEP_GEMM)
-    count = max(h for (_, depth), heights in FASTER.items() if depth == k for h in heights) + more
+    count = TALLEST * (2 if more else 1) + more
     x = torch.randn(count, 2 * k, device="cuda") * torch.exp2(torch.randn(count, 1, device="cuda"))
     x[7, 300] = float("nan")
     narrow, weight = x.bfloat16(), torch.rand(k, device="cuda")
@@ -118,7 +121,7 @@ def test_makers_of_rows_write_scales_by_columns(k: int, more: int) -> None:
 
 def test_the_grouped_output_writes_scales_by_columns() -> None:
     implementation("kernels.quant_gemm.deep_gemm_impl", DEEP_GEMM)
-    count = FASTER[4096, 8192][0] + 700
+    count = 2 * TALLEST + 700
     o = torch.randn(count, 16, 512, device="cuda").bfloat16()
     wo_a = prepare_weight(BlockWeight(torch.randn(8192, 1024, device="cuda").bfloat16() * 0.03))
     positions = torch.arange(count, device="cuda")
@@ -130,7 +133,7 @@ def check_columns(name: str, rows: QuantRows, more: int) -> None:
     """Every row's float32 scales are those of its bytes, in pieces, the last one not whole."""
     assert rows.columns is not None, name
     pieces, blocks, height = rows.columns.shape
-    assert (pieces, blocks) == (2 if more else 1, rows.scale.shape[1]), name
+    assert (pieces, blocks) == (3 if more else 1, rows.scale.shape[1]), name
     by_rows = rows.columns.transpose(1, 2).reshape(pieces * height, blocks)[: rows.shape[0]]
     bits = (rows.scale.int() << 23).masked_fill(rows.scale == 255, 0x7FC00000)
     assert torch.equal(by_rows.contiguous().view(torch.int32), bits), name

@@ -60,12 +60,12 @@ cudaError_t launch(const Arguments& args, cudaStream_t stream) {
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((unsigned)((args.tokens + 127) / 128));
+  config.gridDim = dim3((unsigned)((args.tokens + 127) / 128), args.code_columns.data ? 1 + args.dim / 512 : 1);
   config.blockDim = dim3(128);
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, comb_kernel, args.comb, args.tokens, args.iters, args.eps);
+  return cudaLaunchKernelEx(&config, comb_kernel, args);
 }
 
 }  // namespace hc
@@ -104,7 +104,8 @@ extern "C" int causeway_hc(int mode, int few, const void* x, int64_t x_token, in
                            const void* comb_in, const void* fn, const void* scale, const void* base,
                            const void* norm_weight, int norm_is_float, void* streams, void* out,
                            void* post, void* comb, void* codes, int64_t code_row, void* code_scale,
-                           int64_t code_scale_row, void* code_columns, int code_shift, void* ring, void* flags, int64_t tokens, int dim,
+                           int64_t code_scale_row, void* code_columns, int code_shift, void* ring,
+                           void* flags, int64_t tokens, int dim,
                            int groups, int iters, float eps, float norm_eps, float rms_eps,
                            void* stream) {
   using namespace causeway::hc;

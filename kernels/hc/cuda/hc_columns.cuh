@@ -150,10 +150,8 @@ __device__ __forceinline__ void column_tiles(const Arguments& args, char* memory
       for (int step = 8; step > 0; step /= 2) both = __vmaxu2(both, __shfl_xor_sync(~0u, both, step));
       const uint32_t byte[kPart] = {scale_byte(both << 16), scale_byte(both & 0xFFFF0000u)};
       if (lane % 16 < kPart && token + lane % 16 < args.tokens) {
-        const uint32_t mine_of_row = lane % 16 == 0 ? byte[0] : byte[1];
         args.code_scale[(token + lane % 16) * args.code_scale_row + column / 128] =
-            static_cast<uint8_t>(mine_of_row);
-        args.code_columns.write(token + lane % 16, column / 128, mine_of_row);
+            static_cast<uint8_t>(lane % 16 == 0 ? byte[0] : byte[1]);
       }
       uint8_t* codes = args.codes + token * args.code_row + column;
 #pragma unroll
