@@ -44,7 +44,7 @@ def linear_quant(rows: QuantRows, w: PreparedWeight, *, out_dtype: torch.dtype) 
     weight: object = w  # one of the classes that prepare_weight made
     if not isinstance(weight, Fp8Weight) or not serves(rows, weight, out_dtype):
         return cuda_impl.linear_quant(rows, w, out_dtype=out_dtype)
-    columns, scale = cast("tuple[Tensor, Tensor]", (rows.columns, weight.float_scale))
+    columns, scale = cast("tuple[Tensor, Tensor]", (rows.scale_columns, weight.float_scale))
     count, height = rows.shape[0], columns.shape[2]
     out = torch.empty(count, weight.out_features, dtype=out_dtype, device=rows.device)
     for piece in range(count // height):
@@ -62,9 +62,9 @@ def linear_quant(rows: QuantRows, w: PreparedWeight, *, out_dtype: torch.dtype) 
 
 def serves(rows: QuantRows, w: Fp8Weight, out_dtype: torch.dtype) -> bool:
     """Whether DeepGEMM multiplies pieces of these rows."""
-    if rows.columns is None or w.float_scale is None or out_dtype != torch.bfloat16:
+    if rows.scale_columns is None or w.float_scale is None or out_dtype != torch.bfloat16:
         return False
-    return rows.columns.shape[2] in FASTER[w.out_features, w.in_features]
+    return rows.scale_columns.shape[2] in FASTER[w.out_features, w.in_features]
 
 
 def multiply(q: Tensor, columns: Tensor, data: Tensor, scale: Tensor, out: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 It multiplies pieces of fixed heights, so that every kernel it compiles is compiled by ``build``, and
 reads scales as float32, those of rows column by column within a piece. A pass over the E8M0 bytes ahead
-of it would cost about 1.5 us: whoever makes rows writes both forms (``QuantRows.columns``), and
+of it would cost about 1.5 us: whoever makes rows writes both forms (``QuantRows.scale_columns``), and
 ``prepare_weight`` makes a weight's once.
 """
 

@@ -29,7 +29,7 @@ class QuantRows:
         q: e4m3 [M, k].
         scale: E8M0 bytes, uint8 [M, nblocks]; 255 stands for NaN (its codes are NaN as well).
         col_offset: columns of the first block that lie before the rows, 0..127.
-        columns: the scales once more as float32 [pieces, nblocks, height] for products that an
+        scale_columns: the scales once more as float32 [pieces, nblocks, height] for products that an
             optional backend serves in pieces of rows (``quant_gemm/pieces.py``); None where there is
             none, or whoever made the rows does not write them. Past the last row they are unwritten.
 
@@ -40,7 +40,7 @@ class QuantRows:
     q: Tensor
     scale: Tensor
     col_offset: int = 0
-    columns: Tensor | None = None
+    scale_columns: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -70,7 +70,7 @@ def empty_quant_rows(
 ) -> QuantRows:
     """Unwritten rows in the layout that ``QuantRows`` promises.
 
-    ``for_pieces``: whoever writes them also writes ``columns`` where there are any.
+    ``for_pieces``: whoever writes them also writes ``scale_columns`` where there are any.
     """
     blocks = num_blocks(columns, BLOCK, col_offset)
     q = torch.empty(rows, _padded(columns), dtype=torch.float8_e4m3fn, device=device)
@@ -80,15 +80,15 @@ def empty_quant_rows(
     if height is not None:
         floats = torch.empty(-(-rows // height), blocks, height, device=device)
     return QuantRows(
-        q=q[:, :columns], scale=scale[:, :blocks], col_offset=col_offset, columns=floats
+        q=q[:, :columns], scale=scale[:, :blocks], col_offset=col_offset, scale_columns=floats
     )
 
 
 def columns_argument(rows: QuantRows) -> tuple[int | None, int]:
-    """``columns`` as kernels take it: address (or None) and the height's binary logarithm."""
-    if rows.columns is None:
+    """``scale_columns`` as kernels take them: address (or None) and the height's binary logarithm."""
+    if rows.scale_columns is None:
         return None, 0
-    return rows.columns.data_ptr(), rows.columns.shape[2].bit_length() - 1
+    return rows.scale_columns.data_ptr(), rows.scale_columns.shape[2].bit_length() - 1
 
 
 def quant_rows(x: Tensor, *, amax: Tensor | None = None, col_offset: int = 0) -> QuantRows:

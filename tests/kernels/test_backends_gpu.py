@@ -131,10 +131,10 @@ def test_the_grouped_output_writes_scales_by_columns() -> None:
 
 def check_columns(name: str, rows: QuantRows, more: int) -> None:
     """Every row's float32 scales are those of its bytes, in pieces, the last one not whole."""
-    assert rows.columns is not None, name
-    pieces, blocks, height = rows.columns.shape
+    assert rows.scale_columns is not None, name
+    pieces, blocks, height = rows.scale_columns.shape
     assert (pieces, blocks) == (3 if more else 1, rows.scale.shape[1]), name
-    by_rows = rows.columns.transpose(1, 2).reshape(pieces * height, blocks)[: rows.shape[0]]
+    by_rows = rows.scale_columns.transpose(1, 2).reshape(pieces * height, blocks)[: rows.shape[0]]
     bits = (rows.scale.int() << 23).masked_fill(rows.scale == 255, 0x7FC00000)
     assert torch.equal(by_rows.contiguous().view(torch.int32), bits), name
 
@@ -165,12 +165,12 @@ def test_deep_gemm_reads_neither_padding_nor_other_rows() -> None:
     columns = torch.full((3, k // 128, height), float("nan"), device="cuda")
     wide[:height, :k] = rows.q.view(torch.uint8)
     scale[:height, : k // 128] = rows.scale
-    assert rows.columns is not None
-    columns[1] = rows.columns[0]
+    assert rows.scale_columns is not None
+    columns[1] = rows.scale_columns[0]
     poisoned = QuantRows(
         q=wide.view(torch.float8_e4m3fn)[:height, :k],
         scale=scale[:height, : k // 128],
-        columns=columns[1:2],
+        scale_columns=columns[1:2],
     )
     with pieces_of(gemm) as multiplied:
         got = gemm.linear_quant(poisoned, w, out_dtype=torch.bfloat16)
