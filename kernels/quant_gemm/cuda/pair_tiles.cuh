@@ -18,6 +18,7 @@ template <int BLOCKS, int BN, int PN, int STAGES>
 struct PairShape {
   static constexpr int kBlocks = BLOCKS, kBlockRows = 128, kRows = kBlocks * kBlockRows;  // kRows: of all blocks
   static constexpr int kColumns = BN, kStages = STAGES;
+  static constexpr bool kWhole = false;
   static constexpr int kProductColumns = PN, kProducts = BN / PN, kParts = PN / 2;
   static constexpr int kGroup = largest_common(BN, 128), kGroups = BN / kGroup;  // columns that share a scale
   static constexpr int kABytes = kBlockRows * kBlockK, kBBytes = BN * kBlockK;
@@ -35,6 +36,12 @@ struct PairShape {
 
   static_assert(kSharedBytes <= 232448, "more shared memory than a block may have");
   static_assert(BN % PN == 0 && PN * kBlockK % 1024 == 0 && BN / BLOCKS * kBlockK % 1024 == 0, "swizzled tiles");
+};
+
+// The same for a K of whole rings: every tile begins in the first stage, so that the compiler knows each block's.
+template <class S>
+struct WholeRings : S {
+  static constexpr bool kWhole = true;
 };
 
 // The tiles in the order in which pairs of blocks walk them: bands of columns, so that neighbours share both
