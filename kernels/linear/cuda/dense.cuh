@@ -25,6 +25,7 @@
 #include "dense_store.cuh"
 #include "dense_tiles.cuh"
 #include "hopper.cuh"
+#include "launch.cuh"
 #include "rope_rows.cuh"
 #include "wgmma.cuh"
 #include "wgmma_bf16.cuh"
@@ -382,21 +383,8 @@ int launch_dense(const CUtensorMap& a_map, const CUtensorMap& b_map, const Dense
   if (blocks > INT32_MAX / 16) return cudaErrorInvalidValue;
   blocks = S::kSplit ? blocks * S::kCluster
                      : std::min<int64_t>(blocks, static_cast<int64_t>(multiprocessors) * S::kBlocks);
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(S::kThreads);
-  config.dynamicSmemBytes = S::kSharedBytes;
-  config.stream = stream;
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = S::kCluster;
-  attributes[1].val.clusterDim.y = 1;
-  attributes[1].val.clusterDim.z = 1;
-  config.attrs = attributes;
-  config.numAttrs = S::kSplit ? 2 : 1;
-  return cudaLaunchKernelEx(&config, dense_kernel<S>, a_map, b_map, args);
+  return EarlyLaunch{blocks, S::kThreads, stream, S::kSharedBytes, S::kSplit ? S::kCluster : 1}.start(
+      dense_kernel<S>, a_map, b_map, args);
 }
 
 }  // namespace causeway
