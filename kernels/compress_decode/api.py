@@ -7,16 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.compress.api import SERIES, check_entry_dims, check_ratio
 from kernels.contract import KernelContractError, check_tensor
 from kernels.dispatch import kernel
-from kernels.index_query.api import check_index_dim
-from kernels.kv_norm_rope.api import check_nope_blocks
 from kernels.page_cache.api import check_pool
 from kernels.page_layout import EntryKind, PageLayout
+from kernels.rope.api import check_inv_freq
 
 _FLOATS = (torch.float32, torch.bfloat16)
 _DTYPES = (*_FLOATS, torch.float64)
-SERIES = {4: 2, 128: 1}  # ratio -> groups of tokens an entry pools
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,8 +91,7 @@ def compress_decode(
         KernelContractError: wrong shape, dtype, device, ratio or layout; on the CPU also a slot or
             ring row outside its tensor, rows out of order, or a ring that is too short.
     """
-    if ratio not in SERIES:
-        raise KernelContractError(f"compress_decode: ratio {ratio}, allowed: 4, 128")
+    check_ratio("compress_decode", ratio)
     if dtype not in _DTYPES:
         raise KernelContractError(
             f"compress_decode: dtype {dtype}, allowed: float32, bfloat16, float64"
@@ -115,9 +113,6 @@ def compress_decode(
         check_tensor(
             f"compress_decode: {name}", value, shape=count, dtype=torch.int64, device=device
         )
-    check_tensor(
-        "compress_decode: inv_freq", inv_freq, shape=(None,), dtype=torch.float32, device=device
-    )
     for part in parts:
         _check_part(part, count, inv_freq, device, ratio=ratio, quantize=quantize)
     kernel("compress_decode", device)(
@@ -156,9 +151,5 @@ def _check_part(
     check_tensor(f"{op}: norm_weight", part.norm_weight, shape=(dim,), dtype=_FLOATS, device=device)
     check_pool(op, part.pool, part.layout, device)
     check_tensor(f"{op}: slots", part.slots, shape=count, dtype=torch.int64, device=device)
-    if 2 * inv_freq.numel() > dim:
-        raise KernelContractError(f"{op}: {2 * inv_freq.numel()} rotary dims of {dim}")
-    if part.index:
-        check_index_dim(op, dim, quantize)
-    else:
-        check_nope_blocks(op, dim, inv_freq, quantize)
+    check_inv_freq(op, inv_freq, dim, device)
+    check_entry_dims(op, dim, inv_freq, index=part.index, quantize=quantize)
