@@ -109,6 +109,10 @@ def expert_ffn(
 
     Returns:
         [N, D] in ``rows.dtype``, same order; nothing that may be used from offsets[-1] on.
+
+    Raises:
+        KernelContractError: wrong shape, dtype or device, a limit that is not > 0, or offsets out of
+            order (checked where the host has to read them: by the twin).
     """
     dtypes = (torch.float32, torch.bfloat16)
     device = experts.device

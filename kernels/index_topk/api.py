@@ -44,14 +44,12 @@ def index_topk(
         int32 [T, k]: chosen entries, ascending, -1 last; ties go to the smaller entry.
 
     Raises:
-        KernelContractError: wrong shape, dtype, device or layout; negative k.
+        KernelContractError: wrong shape, dtype, device or layout; negative k; a ``head_scale`` of 0;
+            pages or entries outside the pool or the block table (checked on the CPU).
     """
     tokens, heads, dim = q.shape if q.dim() == 3 else (None, None, None)
     check_tensor(
-        "index_topk: q",
-        q,
-        shape=(tokens, heads, dim),
-        dtype=(torch.float32, torch.bfloat16, torch.float64),
+        "index_topk: q", q, shape=(tokens, heads, dim), dtype=(torch.float32, torch.bfloat16)
     )
     wide = torch.float64 if q.dtype is torch.float64 else torch.float32
     check_tensor("index_topk: w", w, shape=(tokens, heads), dtype=wide, device=q.device)

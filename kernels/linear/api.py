@@ -140,6 +140,9 @@ def linear(
 
     Returns:
         [.., n] in ``out_dtype``.
+
+    Raises:
+        KernelContractError: wrong shape, dtype or device.
     """
     check_tensor("linear: x", x, dtype=_FLOATS, device=w.device)
     if x.dim() == 0 or x.shape[-1] != w.in_features:

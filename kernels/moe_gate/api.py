@@ -44,8 +44,10 @@ def moe_gate(
         ``(ids, w)``: int64 [T, k], ascending in each row, and float32 [T, k].
 
     Raises:
-        KernelContractError: wrong arguments; a token id outside the table, or an expert id in the
-            table outside 0..E-1 (checked for the rows that are read).
+        KernelContractError: wrong shape, dtype or device, k outside 1..E, hash routing with a bias or
+            with only one of its two tensors; on the CPU also a token id outside the table, or an
+            expert id outside 0..E-1 in a row that is read. On a GPU, which nothing waits for, such a
+            token's weights are NaN.
     """
     floats = (torch.float32, torch.bfloat16)
     check_tensor("moe_gate: x", x, shape=(None, None), dtype=floats)

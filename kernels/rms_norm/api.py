@@ -19,6 +19,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Returns:
         [.., d] in ``x.dtype``.
+
+    Raises:
+        KernelContractError: wrong shape, dtype or device.
     """
     dtypes = (torch.float32, torch.bfloat16)
     check_tensor("rms_norm: x", x, dtype=dtypes)

@@ -20,6 +20,9 @@ def swiglu(g: Tensor, u: Tensor, *, limit: float, row_weight: Tensor | None = No
 
     Returns:
         [N, I] in ``g.dtype``.
+
+    Raises:
+        KernelContractError: wrong shape, dtype or device, or a limit that is not > 0.
     """
     dtypes = (torch.float32, torch.bfloat16)
     check_tensor("swiglu: g", g, shape=(None, None), dtype=dtypes)
