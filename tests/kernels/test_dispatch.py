@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import KernelContractError, backend, dispatch, platform
+from kernels import KernelContractError, backend, dispatch, implementations, platform
 from kernels.contract import check_tensor
 
 CPU = torch.device("cpu")
@@ -51,7 +51,7 @@ def test_the_table_is_built_once_and_frozen() -> None:
 
 
 def test_an_implementation_is_chosen_by_device_and_capability() -> None:
-    fast = dispatch.Implementation(
+    fast = implementations.Implementation(
         name="triton", module="x", device_types=("cuda",), min_compute=(9, 0), why="test"
     )
     cap = platform.capability(CPU)

@@ -56,7 +56,6 @@ TORCH_CUDA = {
 MAX_LINES = 300
 HARD_LINES = 500
 LONG_FILES: dict[str, str] = {
-    "kernels/dispatch.py": "every op with its implementations, in one table",
     "model/parallel/partition.py": "all of the sharding maths, in one place",
 }
 
