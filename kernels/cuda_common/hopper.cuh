@@ -1,4 +1,4 @@
-// Small building blocks: shared-memory addresses, mbarriers, asynchronous copies, vector access.
+// Small building blocks: shared-memory addresses, barriers, asynchronous copies, vector access.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -56,6 +56,20 @@ __device__ __forceinline__ void fence_async_proxy() {
 }
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// The barrier of a cluster, in two halves: what was written before the first is seen behind the second.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// A shared-memory address of this block in the block `rank` of the cluster.
+__device__ __forceinline__ uint32_t remote_address(uint32_t smem, uint32_t rank) {
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(smem), "r"(rank));
+  return there;
 }
 
 __device__ __forceinline__ void store_shared(uint32_t smem, uint4 v) {

@@ -32,18 +32,6 @@
 
 namespace causeway {
 
-__device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void cluster_wait() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-// The same place in the shared memory of a block of the cluster.
-__device__ __forceinline__ uint32_t place_at(uint32_t address, uint32_t rank) {
-  uint32_t there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
-  return there;
-}
 __device__ __forceinline__ void store_remote(uint32_t address, float a, float b) {
   asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(a), "f"(b)
                : "memory");
@@ -293,7 +281,7 @@ __device__ __forceinline__ void multiply_segment(
     const int local = warp * 16 + half * 8 + lane / 4;
     if (local >= S::kRows || tile.row + local >= args.rows) continue;
     const uint32_t line =
-        place_at(part + local / S::kCluster * S::kOwnedRow, local % S::kCluster);
+        remote_address(part + local / S::kCluster * S::kOwnedRow, local % S::kCluster);
 #pragma unroll
     for (int i = half * 2; i < S::kParts; i += 4) store_remote(line + (i / 4) * 32, acc[i], acc[i + 1]);
   }
