@@ -60,7 +60,8 @@ def _logits(
 
 @triton.jit
 def _score(logit):
-    soft = tl.where(logit > 20.0, logit, libdevice.log1p(libdevice.exp(tl.minimum(logit, 20.0))))
+    low = tl.minimum(logit, 20.0, propagate_nan=tl.PropagateNan.ALL)
+    soft = tl.where(logit > 20.0, logit, libdevice.log1p(libdevice.exp(low)))
     small = libdevice.exp(0.5 * tl.maximum(logit, -160.0))
     return tl.where(logit < -20.0, small, tl.sqrt_rn(soft))
 
