@@ -129,7 +129,8 @@ def rehearse(
             prefill(init(0, tokens))
     if longest > 0:
         prefill(init(0, min(_SHORT, longest), _FILTERED))
-    if num_tails > 0 and room > block_size:
+    if num_tails > 0 and longest > block_size:
+        prefill(init(0, block_size))  # ends where the tail does: nothing else would leave its state
         prefill(behind_tail(), saves=[TailOp(slot=0, position=block_size, tail=0)])
     if prefill_graphs:
         for tokens in (longest, longest, longest - 1):

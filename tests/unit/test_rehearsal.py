@@ -52,12 +52,12 @@ def test_what_only_some_requests_need_is_rehearsed() -> None:
 
 def test_the_largest_step_is_captured_and_one_runs_beside_the_graph() -> None:
     plans = steps(prefill_graphs=True, num_tails=4, tail_interval=2)
-    chunks = [p.prefill[0] for p in plans if p.phase == "prefill"][:9]
+    chunks = [p.prefill[0] for p in plans if p.phase == "prefill"][:10]
     lengths = [len(c.token_ids) for c in chunks]
-    assert lengths == [7, 100, 512, 1000, 3, 1, 1000, 1000, 999]
-    assert chunks[6] == chunks[7]
-    assert not chunks[6].sample
-    assert [save.position for save in chunks[6].save_tails] == [512]
+    assert lengths == [7, 100, 512, 1000, 3, 256, 1, 1000, 1000, 999]
+    assert chunks[7] == chunks[8]
+    assert not chunks[7].sample
+    assert [save.position for save in chunks[7].save_tails] == [512]
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 8])
