@@ -39,7 +39,7 @@ def rehearse(
     tail_interval: int = 1,
     prefill_graphs: bool = False,
 ) -> None:
-    """Run prefill steps of a few lengths, also behind a tail, and decode steps of the given batch sizes.
+    """Run prefill steps of a few lengths, also of a prompt's rest, and decode steps of the batch sizes.
 
     Args:
         execute: the worker's step; every rank calls this with the same arguments.
@@ -96,6 +96,10 @@ def rehearse(
         )
         return opened, chunk
 
+    def rest_of_prompt(start: int) -> PrefillSlice:
+        """One token, and the state that the chunk ahead left."""
+        return PrefillSlice(request_id=0, slot=0, start=start, token_ids=[0], sample=True)
+
     def behind_tail() -> tuple[SlotInit, PrefillSlice]:
         """One token behind the first block, whose tail is restored."""
         opened = SlotInit(
@@ -129,6 +133,9 @@ def rehearse(
             prefill(init(0, tokens))
     if longest > 0:
         prefill(init(0, min(_SHORT, longest), _FILTERED))
+    if longest > _SHORT:
+        prefill(first_chunk(_SHORT))
+        execute(StepPlan(step_id=0, phase="prefill", prefill=[rest_of_prompt(_SHORT)]))
     if num_tails > 0 and longest > block_size:
         prefill(init(0, block_size))  # ends where the tail does: nothing else would leave its state
         prefill(behind_tail(), saves=[TailOp(slot=0, position=block_size, tail=0)])

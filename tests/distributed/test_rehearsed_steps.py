@@ -50,5 +50,5 @@ def on_rank(rank: int, world: int, setup: Setup) -> int:
 def test_rehearsal(setup: Setup) -> None:
     world = setup.cp * setup.tp
     counts = run_ranks(on_rank, world, setup, timeout=120)
-    # Three prompts, one drawn, one and what goes on behind its tail, two batches.
-    assert counts == [3 + 1 + 2 + 4] * world
+    # Three prompts, one drawn, one in two chunks, one and what goes on behind its tail, two batches.
+    assert counts == [3 + 1 + 2 + 2 + 4] * world

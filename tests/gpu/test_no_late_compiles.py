@@ -61,6 +61,26 @@ def decode(worker: Worker, lengths: tuple[int, ...], rows: int) -> None:
     worker.execute(StepPlan(step_id=2, phase="decode", decode=slices))
 
 
+def prefill_in_chunks(worker: Worker, ends: tuple[int, ...]) -> None:
+    """A prompt whose chunks end there."""
+    params, start = SamplingParams(), 0
+    opened = [SlotInit(request_id=2, slot=2, sampling=params, num_prompt_tokens=ends[-1])]
+    for end in ends:
+        held = -(-start // BLOCK)
+        chunk = PrefillSlice(
+            request_id=2,
+            slot=2,
+            start=start,
+            token_ids=list(range(start, end)),
+            next_token=-1 if end == ends[-1] else end,
+            block_ids=list(range(20 + held, 20 - (-end // BLOCK))),
+            sample=end == ends[-1],
+        )
+        plan = StepPlan(step_id=4, phase="prefill", inits=opened, prefill=[chunk])
+        worker.execute(plan)
+        start, opened = end, []
+
+
 def continue_behind_tail(worker: Worker) -> None:
     """A decode step's boundary is kept, and another request goes on from there."""
     opened = SlotInit(
@@ -85,9 +105,11 @@ def continue_behind_tail(worker: Worker) -> None:
     worker.execute(plan)
 
 
-@pytest.mark.parametrize(("graphs", "mtp"), [(True, 2), (False, 0)])
+@pytest.mark.parametrize(
+    ("graphs", "mtp", "prefix_cache"), [(True, 2, True), (False, 0, True), (True, 0, False)]
+)
 def test_nothing_is_compiled_after_ready(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graphs: bool, mtp: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graphs: bool, mtp: int, prefix_cache: bool
 ) -> None:
     triton = pytest.importorskip("triton")
     config = WorkerConfig(
@@ -96,7 +118,9 @@ def test_nothing_is_compiled_after_ready(
         ),
         device="cuda",
         kv_cache=KVCacheConfig(num_blocks=4 * SLOTS, block_size=BLOCK),
-        scheduler=SchedulerConfig(max_num_seqs=SLOTS, max_batched_tokens=1024, prefix_cache=True),
+        scheduler=SchedulerConfig(
+            max_num_seqs=SLOTS, max_batched_tokens=1024, prefix_cache=prefix_cache
+        ),
         speculative=SpeculativeConfig(mtp=mtp),
         cuda_graphs=graphs,
     )
@@ -116,7 +140,9 @@ def test_nothing_is_compiled_after_ready(
         decode(worker, lengths, 1 + mtp)
     for params in SAMPLING:
         prefill(worker, (2 * BLOCK + 1, 40), params)
-    continue_behind_tail(worker)
+    prefill_in_chunks(worker, (5, 6, 133, 401, 402, 500))
+    if prefix_cache:
+        continue_behind_tail(worker)
     torch.cuda.synchronize()
     worker.close()
     assert compiled == []
