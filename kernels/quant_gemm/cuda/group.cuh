@@ -39,7 +39,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(S::kThreads, 1)
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kStages; ++i) {
-      mbar_init(full + i * 8, 1 + 32);  // copies, and all lanes that write scales
+      mbar_init(full + i * 8, 2);  // copies and scales
       mbar_init(empty + i * 8, 2 * S::kWarps);
     }
     mbar_init(queue.opened(), 1);
@@ -110,7 +110,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(S::kThreads, 1)
               mbar_wait(empty + slot.stage * 8, slot.parity ^ 1);
               scales.write(chunk, i, turn, stages + S::kScaleOffset + slot.stage * S::kScaleBytes,
                            stages + S::kWeightScaleOffset + slot.stage * S::kWeightScaleBytes);
-              mbar_arrive(full + slot.stage * 8);
+              __syncwarp();
+              if (elect_one()) mbar_arrive(full + slot.stage * 8);
             }
           }
         }

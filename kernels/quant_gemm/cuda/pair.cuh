@@ -31,7 +31,7 @@ __global__ void __cluster_dims__(S::kBlocks, 1, 1) __launch_bounds__(S::kThreads
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kStages; ++i) {
-      mbar_init(full + i * 8, 1 + 32);  // copies, and all lanes that write scales
+      mbar_init(full + i * 8, 1);
       mbar_init(empty + i * 8, S::kBlocks * S::kWarps);
     }
     mbar_fence_init();
@@ -83,13 +83,13 @@ __global__ void __cluster_dims__(S::kBlocks, 1, 1) __launch_bounds__(S::kThreads
             if (kb + i == args.k_blocks) break;
             mbar_wait(empty + slot.stage * 8, slot.parity ^ 1);
             if (elect_one()) {
-              mbar_expect(full + slot.stage * 8, stage_bytes());
               load_rows(kb + i);
               if (kb + i >= ahead) load_weight(kb + i);
             }
             scales.write(kb, i, stages + S::kScaleOffset + slot.stage * S::kScaleBytes,
                          stages + S::kWeightScaleOffset + slot.stage * S::kWeightScaleBytes);
-            mbar_arrive(full + slot.stage * 8);
+            __syncwarp();
+            if (elect_one()) mbar_expect(full + slot.stage * 8, stage_bytes());
             slot.next();
           }
         }
