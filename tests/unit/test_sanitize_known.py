@@ -68,6 +68,17 @@ def test_another_line_is_new(entry: Known) -> None:
     assert lines[1] in seen
 
 
+def test_an_inlined_line_is_known_in_the_files_that_call_it() -> None:
+    """The tool names at times the caller's file with the number of the line that is inlined."""
+    inlined = next(entry for entry in KNOWN if entry.one.callers)
+    lines = output(inlined.one, inlined.others[0])
+    for file, known in ((inlined.one.callers[0], True), ("another.cuh", False)):
+        moved = lines[0].replace(inlined.one.file, file)
+        reports, _ = read([moved, *lines[1:], summary(1)])
+        assert bool(reports.known) is known
+        assert bool(reports.new) is not known
+
+
 def test_the_second_of_two_accesses_may_be_the_new_one() -> None:
     entry = KNOWN[0]
     known, new = output(entry.one, entry.others[0]), output(entry.one, entry.others[0], shift=-1)
