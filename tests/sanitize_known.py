@@ -38,9 +38,13 @@ class Line:
     callers: tuple[str, ...] = ()
 
     def is_at(self, file: str, number: int) -> bool:
-        """Whether line ``number`` of ``file``, as the tool names them, is the one."""
+        """Whether line ``number`` of ``file``, as the tool names them, is the one.
+
+        It may also be one of the next two: the tool names any line of a statement.
+        """
         return file in (self.file, *self.callers) and any(
-            number <= len(lines) and self.text in lines[number - 1] for lines in _sources(self.file)
+            self.text in "".join(lines[max(number - 3, 0) : number])
+            for lines in _sources(self.file)
         )
 
 
@@ -117,6 +121,14 @@ _ENTRIES = (
 _FIRST_BASE = Line("decode_wide.cuh", "s.lines[kPart].base[line + 8 * i] = base[i];")
 _FACTOR = Line("decode_read.cuh", "auto factor_of =")
 _PAIR = Line("decode_read.cuh", "reinterpret_cast<const uint16_t*>(scales)[lane]")
+_TOTALS = (
+    Line("hc_mixers.cuh", "float4 sum = fours[0];"),
+    Line("hc_mixers.cuh", "const float4 more = fours[other * kAdders];"),
+)
+_SUMMED = (
+    "half of the mixing warps add up at a named barrier where the others arrive; who writes the sums of"
+    " two tiles later waits at `sent`, where each of those warps arrives with a lane after a __syncwarp"
+)
 
 KNOWN: tuple[Known, ...] = (
     Known(
@@ -158,5 +170,39 @@ KNOWN: tuple[Known, ...] = (
         (Line("decode_wide.cuh", "if (!lists) it = s.next;"),),
         "every warp that lists writes the same value; one of the reader's warpgroup has written it before"
         " both are at kListed",
+    ),
+    Known(
+        Line("hc_mixers.cuh", "(at + box * kBoxBytes + k * kTile * 128) ="),
+        (
+            Line("hc_math.cuh", "ldmatrix.sync.aligned.m8n8.x4.shared.b16"),
+            Line("hc_columns.cuh", "x[s] = *reinterpret_cast<const uint4*>(at"),
+        ),
+        "who reads a tile waits at `made`, where a lane of each mixing warp arrives after a __syncwarp;"
+        " the stage's next tile comes when the column warps have collapsed this one, by factors made of"
+        " the sums of all mixing warps, which travel as words with a tag",
+    ),
+    Known(
+        Line("hc_mixers.cuh", "if (quad == 0) to[kTile * kMixes + half * 8 + row] ="),
+        _TOTALS,
+        _SUMMED,
+    ),
+    Known(
+        Line("hc_mixers.cuh", "(to + (half * 8 + row) * kMixes + i * 8 + quad * 2) ="),
+        _TOTALS,
+        _SUMMED,
+    ),
+    Known(
+        Line("hc_columns.cuh", "to[half] = weight;"),
+        (Line("hc_columns.cuh", "weight[2] = {norm_weight[0], norm_weight[1]};"),),
+        "a lane reads what it wrote itself; the other column warps write the same values there",
+    ),
+    Known(
+        Line("hc_factors.cuh", "cp.async.bulk.shared::cluster.global.mbarrier"),
+        (
+            Line("hc_mixers.cuh", "const float4 post = factors[token];"),
+            Line("hc_mixers.cuh", "comb[j] = factors[kTile + token * kStreams + j];"),
+        ),
+        "the copy's bytes are counted by `full`, which every thread that reads them waits for; the copy"
+        " of two tiles later is asked for behind `made`, where each warp that has read them arrives",
     ),
 )

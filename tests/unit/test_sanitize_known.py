@@ -79,6 +79,14 @@ def test_an_inlined_line_is_known_in_the_files_that_call_it() -> None:
         assert bool(reports.new) is not known
 
 
+def test_all_lines_of_a_statement_are_the_line() -> None:
+    entry = KNOWN[0]
+    for shift, known in ((0, 1), (1, 1), (2, 1), (3, 0)):
+        reports, _ = read([*output(entry.one, entry.others[0], shift), summary(1)])
+        assert reports.known[entry] == known
+        assert len(reports.new) == 1 - known
+
+
 def test_the_second_of_two_accesses_may_be_the_new_one() -> None:
     entry = KNOWN[0]
     known, new = output(entry.one, entry.others[0]), output(entry.one, entry.others[0], shift=-1)
