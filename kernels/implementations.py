@@ -224,6 +224,7 @@ FASTER: dict[str, tuple[Implementation, ...]] = {
     "moe_unpermute": _triton("moe_permute", "one pass; f64 runs the twin"),
     "gumbel_noise": _triton("gumbel", "one pass, the twin's bits"),
     "sample_partial": _hopper("sample_partial", "one pass, noise only where it may win"),
+    "merge_samples": _triton("sample_partial", "one launch for the ranks' numbers"),
     "peer_sum": _hopper("peer_sum", "values and tags in one trip between the GPUs"),
     "pack_rows": _hopper("row_exchange", "one launch for all streams"),
     "unpack_rows": _hopper("row_exchange", "one launch for all streams"),
