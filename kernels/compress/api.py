@@ -103,15 +103,15 @@ def check_pooled(
         KernelContractError: see ``compress``.
     """
     check_ratio(op, ratio)
-    series, device = SERIES[ratio], rows.device
+    series = SERIES[ratio]
     check_tensor(f"{op}: rows", rows, shape=(None, 2 * series * dim), dtype=torch.float32)
     for name, tensor, shape, dtype in (
         ("row_index", row_index, (None, series * ratio), torch.int64),
         ("norm_weight", norm_weight, (dim,), _FLOATS),
         ("positions", positions, (row_index.shape[0],), torch.int64),
     ):
-        check_tensor(f"{op}: {name}", tensor, shape=shape, dtype=dtype, device=device)
-    check_inv_freq(op, inv_freq, dim, device)
+        check_tensor(f"{op}: {name}", tensor, shape=shape, dtype=dtype, beside=rows)
+    check_inv_freq(op, inv_freq, dim, rows)
 
 
 def check_entry_dims(op: str, dim: int, inv_freq: Tensor, *, index: bool, quantize: bool) -> None:

@@ -104,18 +104,15 @@ def compress_decode(
         )
     width = sum(part.width for part in parts)
     check_tensor("compress_decode: rows", rows, shape=(None, width), dtype=torch.float32)
-    device = rows.device
     if state.dtype is not torch.float32:
         raise KernelContractError(f"compress_decode: state: expected float32, got {state.dtype}")
-    check_tensor("compress_decode: state", state, shape=(None, width), device=device)
+    check_tensor("compress_decode: state", state, shape=(None, width), beside=rows)
     count = (rows.shape[0],)
     for name, value in (("positions", positions), ("seq", seq), ("state_base", state_base)):
-        check_tensor(
-            f"compress_decode: {name}", value, shape=count, dtype=torch.int64, device=device
-        )
+        check_tensor(f"compress_decode: {name}", value, shape=count, dtype=torch.int64, beside=rows)
     for part in parts:
-        _check_part(part, count, inv_freq, device, ratio=ratio, quantize=quantize)
-    kernel("compress_decode", device)(
+        _check_part(part, rows, inv_freq, ratio=ratio, quantize=quantize)
+    kernel("compress_decode", rows.device)(
         rows,
         state,
         parts,
@@ -133,23 +130,19 @@ def compress_decode(
 
 def _check_part(
     part: CompressPart,
-    count: tuple[int],
+    rows: Tensor,
     inv_freq: Tensor,
-    device: torch.device,
     *,
     ratio: int,
     quantize: bool,
 ) -> None:
     op, dim = "compress_decode", part.layout.head_dim
-    check_tensor(
-        f"{op}: ape",
-        part.ape,
-        shape=(ratio, SERIES[ratio] * dim),
-        dtype=torch.float32,
-        device=device,
-    )
-    check_tensor(f"{op}: norm_weight", part.norm_weight, shape=(dim,), dtype=_FLOATS, device=device)
-    check_pool(op, part.pool, part.layout, device)
-    check_tensor(f"{op}: slots", part.slots, shape=count, dtype=torch.int64, device=device)
-    check_inv_freq(op, inv_freq, dim, device)
+    for name, tensor, shape, dtype in (
+        ("ape", part.ape, (ratio, SERIES[ratio] * dim), torch.float32),
+        ("norm_weight", part.norm_weight, (dim,), _FLOATS),
+        ("slots", part.slots, (rows.shape[0],), torch.int64),
+    ):
+        check_tensor(f"{op}: {name}", tensor, shape=shape, dtype=dtype, beside=rows)
+    check_pool(op, part.pool, part.layout, rows.device)
+    check_inv_freq(op, inv_freq, dim, rows)
     check_entry_dims(op, dim, inv_freq, index=part.index, quantize=quantize)

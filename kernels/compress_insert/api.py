@@ -51,14 +51,14 @@ def compress_insert(
     """
     if dtype not in _FLOATS:
         raise KernelContractError(f"compress_insert: dtype {dtype}, allowed: float32, bfloat16")
-    op, dim, device = "compress_insert", layout.head_dim, rows.device
+    op, dim = "compress_insert", layout.head_dim
     check_pooled(op, rows, row_index, norm_weight, positions, inv_freq, ratio, dim)
     index = layout.kind is EntryKind.INDEX
     check_entry_dims(op, dim, inv_freq, index=index, quantize=quantize)
-    check_pool(op, pool, layout, device)
+    check_pool(op, pool, layout, rows.device)
     count = row_index.shape[0]
-    check_tensor(f"{op}: slots", slots, shape=(count,), dtype=torch.int64, device=device)
-    kernel(op, device)(
+    check_tensor(f"{op}: slots", slots, shape=(count,), dtype=torch.int64, beside=rows)
+    kernel(op, rows.device)(
         rows,
         row_index,
         norm_weight,

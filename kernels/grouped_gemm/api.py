@@ -124,14 +124,14 @@ def expert_ffn(
         offsets,
         shape=(experts.num_experts + 1,),
         dtype=torch.int64,
-        device=device,
+        beside=rows,
     )
     check_tensor(
         "expert_ffn: row_weight",
         row_weight,
         shape=(rows.shape[0],),
         dtype=torch.float32,
-        device=device,
+        beside=rows,
     )
     if not limit > 0:
         raise KernelContractError(f"expert_ffn: limit: expected a number > 0, got {limit}")

@@ -125,7 +125,7 @@ def check_finished(
         ("post", post, (rows, streams), single),
         ("comb", comb, (rows, streams, streams), single),
     ):
-        check_tensor(f"{op}: {name}", tensor, shape=shape, dtype=dtype, device=x.device)
+        check_tensor(f"{op}: {name}", tensor, shape=shape, dtype=dtype, beside=x)
 
 
 def _check_params(
@@ -136,4 +136,4 @@ def _check_params(
         ("scale", scale, (scales,)),
         ("base", base, (mixes,)),
     ):
-        check_tensor(f"{op}: {name}", tensor, shape=shape, dtype=torch.float32, device=x.device)
+        check_tensor(f"{op}: {name}", tensor, shape=shape, dtype=torch.float32, beside=x)

@@ -131,4 +131,4 @@ def _check(
 ) -> None:
     check_mix(op, x, fn, scale, base, iters)
     shape = (x.shape[2],)
-    check_tensor(f"{op}: norm_weight", norm_weight, shape=shape, dtype=_FLOATS, device=x.device)
+    check_tensor(f"{op}: norm_weight", norm_weight, shape=shape, dtype=_FLOATS, beside=x)

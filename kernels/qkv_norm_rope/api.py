@@ -54,7 +54,7 @@ def qkv_norm_rope(
     """
     check_tensor("qkv_norm_rope: q", q, shape=(None, None, None), dtype=_FLOATS)
     tokens, _, dim = q.shape
-    check_tensor("qkv_norm_rope: kv", kv, shape=(tokens, dim), dtype=q.dtype, device=q.device)
+    check_tensor("qkv_norm_rope: kv", kv, shape=(tokens, dim), dtype=q.dtype, beside=q)
     check_latent_insert(
         "qkv_norm_rope", kv, kv_weight, positions, inv_freq, pool, layout, slots, quantize=quantize
     )
@@ -64,10 +64,10 @@ def qkv_norm_rope(
             index_q,
             shape=(tokens, None, None),
             dtype=q.dtype,
-            device=q.device,
+            beside=q,
         )
         check_index_dim("qkv_norm_rope", index_q.shape[-1], quantize)
-        check_inv_freq("qkv_norm_rope: index_q", inv_freq, index_q.shape[-1], q.device)
+        check_inv_freq("qkv_norm_rope: index_q", inv_freq, index_q.shape[-1], q)
     out: tuple[Tensor, Tensor, Tensor | None] = kernel("qkv_norm_rope", q.device)(
         q,
         kv,

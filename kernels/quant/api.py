@@ -66,9 +66,7 @@ def fake_quant_fp8(
     _check_blocks("fake_quant_fp8", x, block, col_offset)
     if amax is not None:
         shape = (*x.shape[:-1], num_blocks(x.shape[-1], block, col_offset))
-        check_tensor(
-            "fake_quant_fp8: amax", amax, shape=shape, dtype=torch.float32, device=x.device
-        )
+        check_tensor("fake_quant_fp8: amax", amax, shape=shape, dtype=torch.float32, beside=x)
     out: Tensor = kernel("fake_quant_fp8", x.device)(x, block, amax, col_offset)
     return out
 
@@ -136,7 +134,7 @@ def dequant_fp8(data: Tensor, scale_u8: Tensor, row_offset: int = 0, col_offset:
         scale_u8,
         shape=(rows, cols),
         dtype=torch.uint8,
-        device=data.device,
+        beside=data,
     )
     out: Tensor = kernel("dequant_fp8", data.device)(data, scale_u8, row_offset, col_offset)
     return out
@@ -165,7 +163,7 @@ def dequant_fp4(packed: Tensor, scale_u8: Tensor) -> Tensor:
         scale_u8,
         shape=(packed.shape[0], packed.shape[1] // (_FP4_BLOCK // 2)),
         dtype=torch.uint8,
-        device=packed.device,
+        beside=packed,
     )
     out: Tensor = kernel("dequant_fp4", packed.device)(packed, scale_u8)
     return out

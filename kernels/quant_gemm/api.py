@@ -98,14 +98,14 @@ def expert_ffn_quant(
         )
     shape = (experts.num_experts + 1,)
     check_tensor(
-        "expert_ffn_quant: offsets", offsets, shape=shape, dtype=torch.int64, device=rows.device
+        "expert_ffn_quant: offsets", offsets, shape=shape, dtype=torch.int64, beside=rows.q
     )
     check_tensor(
         "expert_ffn_quant: row_weight",
         row_weight,
         shape=(rows.shape[0],),
         dtype=torch.float32,
-        device=rows.device,
+        beside=rows.q,
     )
     if not limit > 0:
         raise KernelContractError(f"expert_ffn_quant: limit: expected a number > 0, got {limit}")

@@ -41,19 +41,17 @@ def check_rope_inputs(op: str, x: Tensor, positions: Tensor, inv_freq: Tensor) -
     Raises:
         KernelContractError: see ``apply_rope``.
     """
-    check_tensor(
-        f"{op}: positions", positions, shape=(x.shape[0],), dtype=torch.int64, device=x.device
-    )
-    check_inv_freq(op, inv_freq, x.shape[-1], x.device)
+    check_tensor(f"{op}: positions", positions, shape=(x.shape[0],), dtype=torch.int64, beside=x)
+    check_inv_freq(op, inv_freq, x.shape[-1], x)
 
 
-def check_inv_freq(op: str, inv_freq: Tensor, dim: int, device: torch.device) -> None:
-    """Check ``inv_freq`` [r/2] against rows of ``dim`` values.
+def check_inv_freq(op: str, inv_freq: Tensor, dim: int, beside: Tensor) -> None:
+    """Check ``inv_freq`` [r/2] against rows of ``dim`` values, beside the op's first tensor.
 
     Raises:
         KernelContractError: see ``apply_rope``.
     """
-    check_tensor(f"{op}: inv_freq", inv_freq, shape=(None,), dtype=torch.float32, device=device)
+    check_tensor(f"{op}: inv_freq", inv_freq, shape=(None,), dtype=torch.float32, beside=beside)
     if 2 * inv_freq.numel() > dim:
         raise KernelContractError(
             f"{op}: inv_freq has {inv_freq.numel()} values for {2 * inv_freq.numel()} rotary dims,"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import KernelContractError, backend, dispatch, implementations, platform
+from kernels import KernelContractError, backend, dispatch, implementations, platform, rms_norm
 from kernels.contract import check_tensor
 
 CPU = torch.device("cpu")
@@ -141,6 +141,20 @@ def test_check_tensor() -> None:
         check_tensor("op: x", x.t())
     with pytest.raises(KernelContractError, match="expected a tensor, got list"):
         check_tensor("op: x", [1.0])  # type: ignore[arg-type]
+
+
+def test_float64_goes_only_beside_float64() -> None:
+    """A GPU kernel that computes in float32 would read the bytes of doubles."""
+    single, double = torch.zeros(3), torch.zeros(3, dtype=torch.float64)
+    for first, other in ((single, single), (double, single), (double, double)):
+        check_tensor("op: y", other, dtype=torch.float32, beside=first)
+    for first in (single, single.bfloat16()):
+        with pytest.raises(KernelContractError, match="op: y: expected dtype float32, got float64"):
+            check_tensor("op: y", double, dtype=torch.float32, beside=first)
+    with pytest.raises(KernelContractError, match="op: y: expected device cpu, got meta"):
+        check_tensor("op: y", single.to("meta"), beside=single)
+    with pytest.raises(KernelContractError, match=r"rms_norm: weight: .* got float64"):
+        rms_norm(torch.zeros(2, 3), double, 1e-6)
 
 
 Install = Callable[[str, str | None], None]
