@@ -34,6 +34,7 @@ TOOLS = ("memcheck", "racecheck")
 # Kernels in the project's namespace, and those in a file's own.
 FILTERS = ("kns=causeway", "regex=^_ZN[0-9]+_GLOBAL__N_")
 CUDA = torch.device("cuda")
+FIRST_PORT, PORTS = 49152, 10  # of a tool; parts that run side by side must not meet
 # Fewer rows than a tile, and more than one.
 COUNTS = (3, 150)
 # The same where the number of rows chooses one of many tiles.
@@ -79,11 +80,11 @@ def line_numbers() -> Iterator[None]:
         yield
 
 
-def check(tool: str, arguments: list[str]) -> str:
+def check(tool: str, arguments: list[str], port: int) -> str:
     """Run the work under ``tool`` in a process of its own; what is wrong, or nothing."""
     # What the process starts itself (compilers of Triton's kernels) is not looked at.
     command = ["compute-sanitizer", "--tool", tool, "--target-processes", "application-only"]
-    command += ["--print-limit", "0"]
+    command += ["--print-limit", "0", "--launch-timeout", "60", "--base-port", str(port)]
     for text in FILTERS:
         command += ["--kernel-name", text]
     command += [sys.executable, __file__, "--run", *arguments]
@@ -124,7 +125,8 @@ def main() -> int:
             return 0
         build(CUDA)
     passed = [f"--only={text}" for text in only] + [f"--part={arguments.part}"]
-    wrong = {tool: check(tool, passed) for tool in arguments.tool or TOOLS}
+    port = FIRST_PORT + first * PORTS
+    wrong = {tool: check(tool, passed, port) for tool in arguments.tool or TOOLS}
     for tool, text in wrong.items():
         print(f"{tool}: {text or 'nothing but what is known'}")
     return int(any(wrong.values()))

@@ -136,7 +136,7 @@ KNOWN: tuple[Known, ...] = (
         (Line("hopper.cuh", "st.shared.b32 [%0], %1;"),),
         "all lanes of a warp read a stage's scales in one instruction; behind the next wgmma.wait_group,"
         " which is the whole warp's, a lane arrives at `empty`, which the warp that writes the next"
-        " scales waits for (every lane arriving: 0.5 to 1.9 % slower)",
+        " scales waits for (every lane arriving: 1 % slower)",
     ),
     Known(
         _LISTED,
