@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "codes.cuh"
+#include "launch.cuh"
 #include "swiglu.cuh"
 
 namespace {
@@ -72,29 +73,6 @@ struct SwiGLU {
   }
 };
 
-__device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
-// A kernel may start while the one before it in the stream still runs: nothing of the inputs may be read
-// before this, and the next kernel may not start earlier, except behind SwiGLU (see `kEarly`).
-__device__ __forceinline__ void await_inputs() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  let_next_start();
-}
-
-template <typename... Parameters, typename... Arguments>
-int start(void (*kernel)(Parameters...), int grid, cudaStream_t stream, Arguments... arguments) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(grid);
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
-
 // A warp holds 256 columns, or few of them at the ends of a row.
 template <typename Source>
 __global__ void __launch_bounds__(kThreads) rows_kernel(
@@ -156,10 +134,9 @@ __global__ void __launch_bounds__(kThreads) tall_kernel(
 
 template <int Unroll, typename Source>
 int start_tall(const Source& source, const Output& out, int64_t rows, int k, bool wide, cudaStream_t stream) {
-  const int64_t chunks = k / (256 * Unroll), grid = (rows + kWarps - 1) / kWarps * chunks;
-  if (grid > INT32_MAX) return cudaErrorInvalidValue;
-  return start(tall_kernel<Source, Unroll>, static_cast<int>(grid), stream, source, out, rows,
-               static_cast<uint32_t>(chunks), k, wide);
+  const int64_t chunks = k / (256 * Unroll);
+  return EarlyLaunch{(rows + kWarps - 1) / kWarps * chunks, kThreads, stream}.start(
+      tall_kernel<Source, Unroll>, source, out, rows, static_cast<uint32_t>(chunks), k, wide);
 }
 
 // Few rows: many warps with little work each. Many rows: more loads in flight in every warp.
@@ -174,8 +151,9 @@ int start_rows(const Source& source, const Output& out, int64_t rows, int k, int
   const int blocks = (col_offset + k + 127) / 128;
   const int64_t chunks = (blocks + 1) / 2, items = rows * chunks;
   if (items > INT32_MAX) return cudaErrorInvalidValue;
-  return start(rows_kernel<Source>, static_cast<int>((items + kWarps - 1) / kWarps), stream, source, out,
-               static_cast<uint32_t>(items), static_cast<uint32_t>(chunks), k, blocks, col_offset, wide);
+  return EarlyLaunch{(items + kWarps - 1) / kWarps, kThreads, stream}.start(
+      rows_kernel<Source>, source, out, static_cast<uint32_t>(items), static_cast<uint32_t>(chunks), k, blocks,
+      col_offset, wide);
 }
 
 __device__ __forceinline__ float add_lanes(float value) {
@@ -242,21 +220,13 @@ int start_norm(const void* x, int64_t x_stride, const void* weight, void* normed
   const T* rows_in = static_cast<const T*>(x);
   const W* factors = static_cast<const W*>(weight);
   T* target = static_cast<T*>(normed);
-  const int grid = static_cast<int>(rows);
-  switch ((k + 2047) / 2048) {
-    case 1:
-      return start(norm_kernel<T, W, 1>, grid, stream, rows_in, x_stride, factors, target,
-                   normed_stride, out, k, eps);
-    case 2:
-      return start(norm_kernel<T, W, 2>, grid, stream, rows_in, x_stride, factors, target,
-                   normed_stride, out, k, eps);
-    case 3:
-    case 4:
-      return start(norm_kernel<T, W, 4>, grid, stream, rows_in, x_stride, factors, target,
-                   normed_stride, out, k, eps);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  const int chunks = (k + 2047) / 2048;
+  if (chunks < 1 || chunks > 4) return cudaErrorInvalidValue;
+  const auto kernel = chunks == 1   ? norm_kernel<T, W, 1>
+                      : chunks == 2 ? norm_kernel<T, W, 2>
+                                    : norm_kernel<T, W, 4>;
+  return EarlyLaunch{rows, kThreads, stream}.start(kernel, rows_in, x_stride, factors, target,
+                                                   normed_stride, out, k, eps);
 }
 
 Output output(void* q, int64_t q_stride, void* scale, int64_t scale_stride, float* columns, int shift, int k) {
@@ -266,8 +236,8 @@ Output output(void* q, int64_t q_stride, void* scale, int64_t scale_stride, floa
 
 }  // namespace
 
-// Strides in elements; q and scale strides in bytes. `columns` (may be null) in pieces of 2^shift rows. `wide`: every row starts on 16 bytes, k is a
-// multiple of 8 and col_offset is 0. Each entry returns a cudaError_t.
+// Strides in elements; q and scale strides in bytes. `columns` (may be null): in pieces of 2^shift rows. `wide`: every
+// row starts on 16 bytes, k is a multiple of 8 and col_offset is 0. Each entry returns a cudaError_t.
 extern "C" int causeway_quant_rows(
     const void* x, int x_is_float, int64_t x_stride, const float* amax, int64_t amax_stride, void* q,
     int64_t q_stride, void* scale, int64_t scale_stride, float* columns, int shift, int64_t rows, int k,
