@@ -29,7 +29,8 @@ _SOURCES = [
     *(_CUDA / "hc.cu", *sorted(_CUDA.glob("*.cuh"))),
     Path(__file__).parents[1] / "quant_rows" / "cuda" / "scale_columns.cuh",
 ]
-_STREAMS, _SLAB, _TILE, _RING, _SUMS = 4, 256, 16, 10, 448  # as in the sources
+_STREAMS, _SLAB, _TILE = 4, 256, 16  # as in the sources
+_RING, _SUMS, _OWNED_RING, _OWNED_SUMS = 16, 20, 10, 28 + 5  # tiles kept, words of a token
 _FEW = 64  # tokens up to which clusters run
 _SLAB_WORDS = 32  # of a token and a slab
 _MULTIPLE = 1024  # columns come in multiples of this
@@ -46,7 +47,7 @@ def build() -> None:
 def _workspace(device: torch.device) -> tuple[int, Tensor, Tensor]:
     """Blocks that run at once; the ring of tagged words; the epoch of the tags and a counter."""
     blocks = int(load_library(*_SOURCES).causeway_hc_blocks())
-    words = blocks * _RING * (_SUMS + _TILE * (_STREAMS + 1))
+    words = blocks * _TILE * (_RING * _SUMS + _OWNED_RING * _OWNED_SUMS)
     ring = torch.zeros(words, dtype=torch.int64, device=device)
     return blocks, ring, torch.zeros(2, dtype=torch.int32, device=device)
 
@@ -214,6 +215,7 @@ def _launch(
         ctypes.c_int64(tokens),
         ctypes.c_int(dim),
         ctypes.c_int(groups if few else min(groups, -(-tokens // _TILE))),
+        ctypes.c_int(blocks),
         ctypes.c_int(iters),
         ctypes.c_float(eps),
         ctypes.c_float(norm_eps),

@@ -38,7 +38,7 @@ cudaError_t encode(CUtensorMap* map, const void* values, int rank, const uint64_
 
 template <Mode kMode, bool kNorm>
 cudaError_t launch(const Arguments& args, cudaStream_t stream) {
-  constexpr int kBytes = Layout<kMode>::kBytes;
+  constexpr int kBytes = Layout<kMode, kNorm>::kBytes;
   const auto kernel = hc_kernel<kMode, kNorm>;
   const uint64_t sizes[3] = {(uint64_t)args.dim, (uint64_t)args.tokens, kStreams};
   const uint32_t box[3] = {kBoxColumns, kTile, kStreams}, a_box[2] = {kSlab, kTile};
@@ -99,8 +99,8 @@ extern "C" int causeway_hc(int mode, int few, const void* x, int64_t x_token, in
                            const void* norm_weight, int norm_is_float, void* streams, void* out,
                            void* post, void* comb, void* codes, int64_t code_row, void* code_scale,
                            int64_t code_scale_row, void* code_columns, int code_shift, void* ring,
-                           void* flags, int64_t tokens, int dim,
-                           int groups, int iters, float eps, float norm_eps, float rms_eps,
+                           void* flags, int64_t tokens, int dim, int groups, int blocks, int iters,
+                           float eps, float norm_eps, float rms_eps,
                            void* stream) {
   using namespace causeway::hc;
   if (a_is_float && !few) return cudaErrorInvalidValue;
@@ -131,6 +131,7 @@ extern "C" int causeway_hc(int mode, int few, const void* x, int64_t x_token, in
   args.dim = dim;
   args.slabs = dim / kSlab;
   args.groups = groups;
+  args.blocks = blocks;
   args.iters = iters;
   args.few = 0;
   args.norm_is_float = norm_is_float;

@@ -35,7 +35,7 @@ struct Arguments {
   uint8_t* code_scale;
   ScaleColumns code_columns;  // many tokens: the same bytes by columns
   int64_t x_token, x_stream, a_token, code_row, code_scale_row, tokens;
-  int dim, slabs, groups, iters, norm_is_float, few;
+  int dim, slabs, groups, blocks, iters, norm_is_float, few;  // blocks: that the ring has room for
   int a_is_float;  // few tokens: `a` holds float32, rounded as it is read
   float eps, norm_eps, rms_eps;
 };
@@ -99,23 +99,26 @@ struct RawWeight {
 };
 
 template <Mode kMode>
-__device__ __forceinline__ void load_raw(RawWeight& raw, const Arguments& args, int slab, int unit,
-                                         int lane) {
+__device__ __forceinline__ void load_raw_step(RawWeight& raw, const Arguments& args, int slab, int unit,
+                                              int lane, int step) {
   constexpr int kMixes = kMode == Mode::kHead ? kStreams : 24;
   const float* from = args.fn + (int64_t)(lane / 4) * kStreams * args.dim +
                       (int64_t)(unit / 4) * args.dim + slab * kSlab + unit % 4 * 64 + lane % 4 * 2;
 #pragma unroll
   for (int i = 0; i < 3; ++i) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float* at = from + (int64_t)i * 8 * kStreams * args.dim + step * 16 + half * 8;
-        raw.row[i][step][half] = lane / 4 + 8 * i < kMixes ? __ldg(reinterpret_cast<const float2*>(at))
-                                                           : make_float2(0.0f, 0.0f);
-      }
+    for (int half = 0; half < 2; ++half) {
+      const float* at = from + (int64_t)i * 8 * kStreams * args.dim + step * 16 + half * 8;
+      raw.row[i][step][half] = lane / 4 + 8 * i < kMixes ? __ldg(reinterpret_cast<const float2*>(at))
+                                                         : make_float2(0.0f, 0.0f);
     }
   }
+}
+template <Mode kMode>
+__device__ __forceinline__ void load_raw(RawWeight& raw, const Arguments& args, int slab, int unit,
+                                         int lane) {
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) load_raw_step<kMode>(raw, args, slab, unit, lane, step);
 }
 
 // Fragments of one step: rows 0..15 in two parts; rows 16..23 as (high over low).

@@ -96,28 +96,25 @@ __device__ __forceinline__ void store_tile_sums(const TileSums (&sums)[2], float
   }
 }
 
-// The thread's number, read again: the weights leave no register to keep what is made of it.
-__device__ __forceinline__ int thread_again() {
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
-}
-
 // The mixing warps' work: sums of each tile over this block's columns, to the tokens' owners.
-template <Mode kMode>
+template <Mode kMode, bool kNorm>
 __device__ __forceinline__ void mix_tiles(const Arguments& args, const Maps& maps, char* memory,
                                           uint32_t full, const Share& share) {
-  using L = Layout<kMode>;
+  using L = Layout<kMode, kNorm>;
   constexpr bool kPost = kMode == Mode::kPostPre;
   const uint32_t made = full + L::kStages * 8, sent = made + L::kStages * 8, empty = sent + L::kStages * 8;
   const int warp = threadIdx.x / 32;
   Step weight[2][kSteps];
 #pragma unroll
   for (int unit = 0; unit < 2; ++unit) {
-    RawWeight raw;
-    load_raw<kMode>(raw, args, share.slab, warp * 2 + unit, threadIdx.x % 32);
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) split_step(weight[unit][step], raw, step);
+    for (int step = 0; step < kSteps; ++step) {
+      // With hc_post a branch: no load moves up over it, so that not all of them take registers at once.
+      if (kPost && unit == 1 && step == 2) mbar_wait(empty, 1);
+      RawWeight raw;
+      load_raw_step<kMode>(raw, args, share.slab, thread_again() / 32 * 2 + unit, thread_again() % 32, step);
+      split_step(weight[unit][step], raw, step);
+    }
   }
   // This lane's row of a step's matrices: columns 0..7 of tokens 0..7, then of 8..15, columns 8..15. Other
   // steps lie where bits of the piece are flipped; the second unit is the next box.
@@ -161,9 +158,10 @@ __device__ __forceinline__ void mix_tiles(const Arguments& args, const Maps& map
       if (next < 2 * kSteps) load_matrices(x[next % 2], (at ^ next / 2 * 32) + next % 2 * kBoxBytes);
       mix_tile_step<kMode>(sums[n % 2], weight[n % 2][n / 2], x[n % 2]);
     }
-    // The sums that lie there, of the tile before the last one, have been read by all.
-    if (i > 1) mbar_wait(sent + (i - 2) % L::kStages * 8, (i - 2) / L::kStages & 1);
-    float* partial = reinterpret_cast<float*>(memory + L::kPartial + i % 2 * kPartialBytes);
+    // The sums that lie there have been read by all.
+    const int old = i - L::kPartials;
+    if (old >= 0) mbar_wait(sent + old % L::kStages * 8, old / L::kStages & 1);
+    float* partial = reinterpret_cast<float*>(memory + L::kPartial + i % L::kPartials * kPartialBytes);
     const int thread = thread_again(), lane = thread % 32;
     store_tile_sums<kMode>(sums, partial + thread / 32 * kUnitSums, lane);
     // Half of the warps add up a tile's sums while the others go on to the next one.
@@ -187,15 +185,33 @@ __device__ __forceinline__ void mix_tiles(const Arguments& args, const Maps& map
         sum.z += more.z;
         sum.w += more.w;
       }
-      const Words words = words_of(args, share, i);
-      uint64_t* to = words.sums + (token * args.slabs + share.slab) * kRecord +
-                     (squares ? kSquares : adder * 4 % kMixes);
-      if (squares) {
+      if constexpr (!L::kDirect) {
+        const OwnedWords words = owned_words_of(args, share, i);
+        uint64_t* to = words.sums + (token * args.slabs + share.slab) * kRecord +
+                       (squares ? kSquares : adder * 4 % kMixes);
+        if (squares) {
 #pragma unroll
-        for (int n = 0; n < 4; ++n) store_word(to + n * args.slabs * kRecord, (&sum.x)[n], words.tag);
+          for (int n = 0; n < 4; ++n) store_word(to + n * args.slabs * kRecord, (&sum.x)[n], words.tag);
+        } else {
+          store_words(to, make_float2(sum.x, sum.y), words.tag);
+          store_words(to + 2, make_float2(sum.z, sum.w), words.tag);
+        }
       } else {
-        store_words(to, make_float2(sum.x, sum.y), words.tag);
-        store_words(to + 2, make_float2(sum.z, sum.w), words.tag);
+        const Words words = words_of(args, share, i);
+        const int at = token * args.slabs + share.slab, four = adder % (kMixes / 4);
+        uint64_t *gates = words.gates + at * kGateWords, *others = words.others + at * kOthers;
+        if (squares) {
+#pragma unroll
+          for (int n = 0; n < 4; ++n) {
+            store_word(gates + n * args.slabs * kGateWords + 3, (&sum.x)[n], words.tag);
+            if (kMode != Mode::kHead) {
+              store_word(others + (n * args.slabs + 1) * kOthers - 1, (&sum.x)[n], words.tag);
+            }
+          }
+        } else {
+          store_line(four == 0 ? gates : others + (four - 1) * 2, sum.x, sum.y, sum.z, words.tag);
+          store_word(four == 0 ? gates + 2 : others + kLasts + four - 1, sum.w, words.tag);
+        }
       }
     }
     __syncwarp();

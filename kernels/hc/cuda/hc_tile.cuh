@@ -8,20 +8,22 @@ namespace causeway {
 namespace hc {
 
 constexpr int kTile = 16;  // tokens
-constexpr int kSums = kRecord * kTile;
 constexpr int kMixes = 24;
-constexpr int kUnitSums = kTile * (kMixes + 1);  // of a unit: the mixes of each token, then the squares
-constexpr int kPartialBytes = 8 * kUnitSums * 4;  // of a tile: the sums of each mixing warp
+constexpr int kUnitSums = kTile * (kMixes + 1);  // of a warp: the mixes of each token, then the squares
 constexpr int kAdders = kUnitSums / 4;           // threads that add up four sums each
 constexpr int kMixWarps = 8;  // two units each
+constexpr int kPartialBytes = kMixWarps * kUnitSums * 4;  // of a tile
 constexpr int kMixers = kMixWarps * 32;
 constexpr int kColumnWarps = 8;  // collapse kPart tokens of a tile each
 constexpr int kPart = kTile / kColumnWarps;
 constexpr int kServers = 3;      // finish the tokens that the block owns, each every third tile
 constexpr int kAllThreads = kMixers + (kColumnWarps + 1 + kServers) * 32;
-constexpr int kTogether = 8;  // slabs whose words a server waits for at once
-constexpr int kLag = 2;        // tiles that are collapsed before the norm of a tile
-constexpr int kRing = 10;      // tiles whose words are kept: those of all stages, kLag and two more
+constexpr int kLeastSlabs = 16, kMostSlabs = 28;
+constexpr int kSums = kRecord * kTile;
+constexpr int kServeLag = 8;  // tiles that are loaded at most before a tile's post and comb are made
+constexpr int kLag = 2;       // tiles that are collapsed before the norm of a tile
+constexpr int kRing = 16;     // tiles whose words are kept
+constexpr int kOwnedRing = 10;  // if owners make the factors: those of all stages, kLag and two more
 constexpr int kSides = 2;  // of a and the factors, which are free once the streams are made
 constexpr int kStreamBytes = kSlab * 2;
 // A tile lies as four boxes of 64 columns. A row of 128 bytes holds those of a stream of a token, its 16-byte
@@ -33,25 +35,32 @@ constexpr int kStageBytes = kBoxes * kBoxBytes;
 constexpr int kFactorBytes = (kStreams + 16) * 4;
 constexpr int kSideBytes = kTile * (kStreamBytes + kFactorBytes);
 
-// Registers of a thread of the mixing warps, the column warps, the others: no role may spill.
+// Registers of a thread of the mixing warps, the column warps, the others: neither of the first two may spill.
 template <bool kNorm>
 struct Registers {
-  static constexpr int kMix = kNorm ? 152 : 168, kColumns = kNorm ? 64 : 48, kOthers = 48;
+  static constexpr int kMix = kNorm ? 152 : 160, kColumns = kNorm ? 64 : 56, kOthers = 48;
   static_assert((kMixWarps * kMix + kColumnWarps * kColumns + 4 * kOthers) * 32 <=
                     65536 / kAllThreads / 8 * 8 * kAllThreads,
                 "registers that a block starts with");
 };
 
-template <Mode kMode>
+template <Mode kMode, bool kNorm>
 struct Layout {
+  // Every block makes all factors itself: one hop instead of two, but more words. With a norm the column warps
+  // have no time for that: there each token's owner makes them.
+  static constexpr bool kDirect = !kNorm;
   static constexpr int kStages = kMode == Mode::kPostPre ? 5 : 6;  // tiles of streams
-  static_assert(kRing > kStages + kLag, "no block sends words of a tile whose slot another one still reads");
+  static constexpr int kPartials = 2;  // tiles whose sums lie there
+  // When a block mixes tile i, all have loaded i - kStages, so have served tile i - kStages - kServeLag.
+  static_assert(kRing > kStages + kServeLag && kServeLag > kStages && kOwnedRing > kStages + kLag,
+                "no block sends words of a tile whose slot another one still reads");
   static constexpr int kSide = kStages * kStageBytes;
   static constexpr int kPartial = kSide + (kMode == Mode::kPostPre ? kSides * kSideBytes : 0);
-  static constexpr int kWeight = kPartial + 2 * kPartialBytes;  // of the norm
-  static constexpr int kFull = kWeight + kSlab * 4;
-  // Per stage: loaded; streams made; sums sent; free.
-  static constexpr int kBytes = kFull + 4 * kStages * 8;
+  static constexpr int kWeight = kPartial + kPartials * kPartialBytes;  // of the norm
+  static constexpr int kFull = kWeight + (kNorm ? kSlab * 4 : 0);
+  // Per stage: loaded; streams made; sums sent; free. Of kServeLag tiles: collapsed; post and comb made.
+  static constexpr int kCollapsed = 4 * kStages * 8, kServed = kCollapsed + kServeLag * 8;
+  static constexpr int kBytes = kFull + kServed + kServeLag * 8;
   static_assert(kBytes <= 227 * 1024, "shared memory of one block");
 };
 
@@ -63,6 +72,13 @@ __device__ __forceinline__ uint64_t load_word(const uint64_t* p) {
 __device__ __forceinline__ void store_word(uint64_t* p, float value, uint32_t tag) {
   uint64_t word = (uint64_t)tag << 32 | __float_as_uint(value);
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(word) : "memory");
+}
+
+// The thread's number, read again: no role has a register to keep it in.
+__device__ __forceinline__ int thread_again() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
 }
 
 // What a block works on. Each role reads it from shared memory: registers are for the loops.
@@ -94,19 +110,72 @@ __device__ __forceinline__ void load_again(uint64_t& word, const uint64_t* p, ui
 __device__ __forceinline__ bool has_tag(uint64_t word, uint32_t tag) { return word >> 32 == tag; }
 __device__ __forceinline__ float value_of(uint64_t word) { return __uint_as_float((uint32_t)word); }
 
-// Where the words of tile i lie: sums for the owner of each token, [group, slot, token, slab, record];
-// behind all of them, factors [group, slot, token, stream]; behind these, squares of the collapsed rows
-// [group, slot, token, slab].
+__device__ __forceinline__ void load_line(uint32_t (&line)[4], const uint64_t* p) {
+  uint64_t low, high;
+  asm volatile(
+      "{\n.reg .b128 all;\nld.relaxed.gpu.global.b128 all, [%2];\nmov.b128 {%0, %1}, all;\n}\n"
+      : "=l"(low), "=l"(high)
+      : "l"(p)
+      : "memory");
+  line[0] = (uint32_t)low;
+  line[1] = (uint32_t)(low >> 32);
+  line[2] = (uint32_t)high;
+  line[3] = (uint32_t)(high >> 32);
+}
+// Three values and a tag.
+__device__ __forceinline__ void store_line(uint64_t* p, float x, float y, float z, uint32_t tag) {
+  const uint64_t low = (uint64_t)__float_as_uint(y) << 32 | __float_as_uint(x);
+  const uint64_t high = (uint64_t)tag << 32 | __float_as_uint(z);
+  asm volatile(
+      "{\n.reg .b128 all;\nmov.b128 all, {%1, %2};\nst.relaxed.gpu.global.b128 [%0], all;\n}\n" ::"l"(p),
+      "l"(low), "l"(high)
+      : "memory");
+}
+
+// What all blocks need of a token's sums over a slab: a line of three values and a tag, two words of one.
+struct Gates {
+  uint32_t line[2][4];  // pre 0, 1, 2, tag; pre 3, tag, squares, tag
+  __device__ __forceinline__ void load(const uint64_t* p) {
+    load_line(line[0], p);
+    load_line(line[1], p + 2);
+  }
+  __device__ __forceinline__ bool have(uint32_t tag) const {
+    return line[0][3] == tag && line[1][1] == tag && line[1][3] == tag;
+  }
+};
+constexpr int kGateWords = 4;  // of 64 bits
+// What only the token's owner needs: of mixes 4 i + 4 .. + 7 three values in line i < 5, the last one in word
+// kLasts + i; the squares again in the last word.
+constexpr int kOthers = 16, kLasts = 10;
+
+// Where the words of tile i lie if every block makes all factors: gates for all blocks of the group, [group,
+// slot, token, slab, kGateWords]; sums for the owner of each token, [group, slot, token, slab, kOthers]. Gates
+// have a place of their own: a value of theirs is never where another launch, of other widths, looks for a tag.
 struct Words {
-  uint64_t *sums, *factors, *squares;
+  uint64_t *gates, *others;
   uint32_t tag;
 };
 __device__ __forceinline__ Words words_of(const Arguments& args, const Share& share, int i) {
   uint64_t* ring = reinterpret_cast<uint64_t*>(args.ring);
-  const int slot = share.group * kRing + i % kRing, slots = args.groups * kRing;
+  const int64_t slot = (share.group * kRing + i % kRing) * kTile * args.slabs;
+  const int64_t most = (int64_t)args.blocks * kRing * kTile;
+  return {ring + slot * kGateWords, ring + most * kGateWords + slot * kOthers, share.epoch + i / kRing + 1};
+}
+
+// The same where owners make the factors, in a place behind: sums for the owner of each token, [group, slot,
+// token, slab, record]; behind all of them, factors [group, slot, token, stream]; behind these, squares of the
+// collapsed rows [group, slot, token, slab].
+struct OwnedWords {
+  uint64_t *sums, *factors, *squares;
+  uint32_t tag;
+};
+__device__ __forceinline__ OwnedWords owned_words_of(const Arguments& args, const Share& share, int i) {
+  const int64_t most = (int64_t)args.blocks * kRing * kTile;
+  uint64_t* ring = reinterpret_cast<uint64_t*>(args.ring) + most * (kGateWords + kOthers);
+  const int slot = share.group * kOwnedRing + i % kOwnedRing, slots = args.groups * kOwnedRing;
   uint64_t* factors = ring + (int64_t)slots * args.slabs * kSums;
   return {ring + (int64_t)slot * args.slabs * kSums, factors + slot * kTile * kStreams,
-          factors + slots * kTile * kStreams + slot * kTile * args.slabs, share.epoch + i / kRing + 1};
+          factors + slots * kTile * kStreams + slot * kTile * args.slabs, share.epoch + i / kOwnedRing + 1};
 }
 
 // What the copy engine reads and writes: boxes of 64 columns and all streams; of a, all columns.

@@ -23,22 +23,27 @@ struct Group {
   __device__ __forceinline__ bool finishes() const { return slab < live; }
 };
 
-// The sums over the slabs that lie at `line`, in order: kLeast of them or more, in steps of four.
+// The sums over the slabs that lie at `line`, kLeast to kMost of them, in steps of four: slabs that differ in
+// bit 4 of their number first, then in bits 3, 2, 1 and 0. (hc_tiles.cuh adds in this order, too.)
 template <int kLeast, int kMost>
 __device__ __forceinline__ float add_slabs(const float* line, int slabs) {
-  float4 four[kMost / 4];
+  float4 four[8];
 #pragma unroll
-  for (int i = 0; i < kMost / 4; ++i) four[i] = reinterpret_cast<const float4*>(line)[i];
-  float sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kMost / 4; ++i) {
-    if (i * 4 >= kLeast && i * 4 >= slabs) break;
-    sum += four[i].x;
-    sum += four[i].y;
-    sum += four[i].z;
-    sum += four[i].w;
+  for (int i = 0; i < 8; ++i) {
+    four[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (i * 4 < kLeast || (i * 4 < kMost && i * 4 < slabs)) four[i] = reinterpret_cast<const float4*>(line)[i];
   }
-  return sum;
+#pragma unroll
+  for (int step = 4; step > 0; step /= 2) {
+#pragma unroll
+    for (int i = 0; i < step; ++i) {
+      four[i].x += four[i + step].x;
+      four[i].y += four[i + step].y;
+      four[i].z += four[i + step].z;
+      four[i].w += four[i + step].w;
+    }
+  }
+  return (four[0].x + four[0].z) + (four[0].y + four[0].w);
 }
 
 // 64-bit words of a value and a tag in global memory. A word with this launch's tag is there, so nobody waits
