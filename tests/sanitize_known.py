@@ -152,6 +152,19 @@ KNOWN: tuple[Known, ...] = (
         " for before it arrives at kBase, and the last one, which writes the places, waits for that",
     ),
     Known(
+        _PLACES,
+        (Line("decode_read.cuh", "Place place = table.places[key];"),),
+        "pages without FP8: every warp has read this item's places before it arrives at kDecoded, or, of"
+        " the narrow kernel, at a __syncthreads ahead of the next item's; between these and who reads"
+        " them lies a __syncthreads that warps reach from two places",
+    ),
+    Known(
+        Line("decode_wide.cuh", "send(s.table.places[own_key]);"),
+        (Line("decode_read.cuh", "if (kPlain) table.places[key] = place;"),),
+        "the warp that lists writes back the place that it has read; the other warps of its warpgroup"
+        " read the place too, and do nothing with it",
+    ),
+    Known(
         _FIRST_BASE,
         (
             Line("decode_wide.cuh", "base[i] = next_base(s.lines[0].base[line + 8 * i], base[i]);"),
