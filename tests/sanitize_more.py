@@ -80,6 +80,8 @@ _MAKES: tuple[tuple[str, str, Make], ...] = (
     ("kv_norm_rope", "dim 128", rows.kv_norm_rope(128, 64)),
     ("index_query", "dim 64", rows.head_query(8, 64, index=True)),
     *(("rms_norm_quant", f"bf16 weight {k}", rows.norm(k, True, BF16)) for k in (200, 4096, 7168)),
+    ("quant_rows", "many", rows.rounding("quant_rows", 1536)),
+    ("swiglu_quant", "many", rows.swiglu(1536, True, True)),
     ("merge_lse", "unaligned", attention.merge_lse(3, 5, 66, False)),
     ("moe_gate", "512 experts", products.gate(4096, 512, "bias")),
     *(
