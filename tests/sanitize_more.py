@@ -52,8 +52,8 @@ ONE_WEIGHT = (
     *tuning.DUOS,
     tuning.DUO_OF_MANY,
 )
-# Rows, the weight's rows of which the first ones are left out, K.
-SHAPES = ((300, 768, 64, 1040), (140, 40000, 16, 384))
+# Rows, the weight's rows of which the first ones are left out, K: some fill a ring of four or seven stages.
+SHAPES = ((300, 768, 64, 1040), (140, 40000, 16, 384), (300, 768, 64, 1024), (270, 400, 0, 1792))
 ROWS_OF_EXPERTS = ((0, 200, 1, 77, 22), (300, 0, 64, 193, 43))
 
 
