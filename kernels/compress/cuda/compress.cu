@@ -175,21 +175,21 @@ int clusters_at_once() {
 
 template <int D, class T>
 int main_entries(const Chunk& a, int ratio, cudaStream_t stream) {
-  if (ratio == 4) return launch_blocks(main4_kernel<D, T>, a.entries, 1, D / 4, 1, a, stream);
+  if (ratio == 4) return EarlyLaunch{a.entries, D / 4, stream}.start(main4_kernel<D, T>, a);
   static const int single = clusters_at_once<D, T, true>(), most = clusters_at_once<D, T, false>();
   if (a.entries <= single)
-    return launch_blocks(main128_kernel<D, T, true>, a.entries * (D / 64), 1, kPool128Threads, D / 64,
-                         a, stream, 0, true);
+    return EarlyLaunch{a.entries * (D / 64), kPool128Threads, stream, 0, D / 64, true}.start(
+        main128_kernel<D, T, true>, a);
   // As many entries for each.
   int64_t turns = (a.entries + most - 1) / most, clusters = (a.entries + turns - 1) / turns;
-  return launch_blocks(main128_kernel<D, T, false>, clusters * (D / 64), 1, kPool128Threads, D / 64, a,
-                       stream, 0, true);
+  return EarlyLaunch{clusters * (D / 64), kPool128Threads, stream, 0, D / 64, true}.start(
+      main128_kernel<D, T, false>, a);
 }
 
 template <int D, class T>
 int index_entries(const Chunk& a, cudaStream_t stream) {
   int64_t blocks = std::min<int64_t>(a.entries, kIndexBlocks);
-  return launch_blocks(index4_kernel<D, T>, blocks, 1, 32 * kIndexWarps, 1, a, stream);
+  return EarlyLaunch{blocks, 32 * kIndexWarps, stream}.start(index4_kernel<D, T>, a);
 }
 
 template <class T>

@@ -278,10 +278,13 @@ __global__ void __launch_bounds__(kPool128Threads, 4) step128_kernel(const __gri
 
 template <int D, int DI, class T>
 int launch(const Decode& a, int parts, int ratio, cudaStream_t stream) {
-  if (ratio == 4)
-    return launch_blocks(step4_kernel<D, DI, T>, a.tokens, parts, D / 4, 1, a, stream);
-  return launch_blocks(step128_kernel<D, T>, a.tokens * (D / 64), 1, kPool128Threads, D / 64, a,
-                       stream, 0, true);
+  if (ratio == 4) {
+    EarlyLaunch steps{a.tokens, D / 4, stream};
+    steps.y = parts;
+    return steps.start(step4_kernel<D, DI, T>, a);
+  }
+  return EarlyLaunch{a.tokens * (D / 64), kPool128Threads, stream, 0, D / 64, true}.start(
+      step128_kernel<D, T>, a);
 }
 
 template <class T>

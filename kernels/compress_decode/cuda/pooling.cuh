@@ -6,8 +6,8 @@
 #pragma once
 #include "../../qkv_norm_rope/cuda/cluster.cuh"
 #include "../../qkv_norm_rope/cuda/latents.cuh"
-#include "../../qkv_norm_rope/cuda/launch.cuh"
 #include "../../qkv_norm_rope/cuda/row_math.cuh"
+#include "launch.cuh"
 
 namespace causeway {
 
