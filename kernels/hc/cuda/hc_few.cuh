@@ -57,7 +57,7 @@ struct Columns {
       is_float = args.a_is_float;
       a = reinterpret_cast<const char*>(args.a) +
           ((group.first + own) * args.a_token + group.slab * kSlab) * size + lane * 16;
-      a_to = smem_address(memory + L::kA + own * kSlab * 4 + lane * 16);
+      a_to = smem_address(memory + L::kA + own * kSlab * 4 + (lane ^ own & 7) * 16);
       factors = reinterpret_cast<const char*>(lane == 0 ? args.post_in + (group.first + own) * 4
                                                         : args.comb_in + (group.first + own) * 16) +
                 (lane == 0 ? 0 : lane - 1) * 16;
@@ -66,16 +66,16 @@ struct Columns {
     }
   }
   __device__ __forceinline__ void bring() {
+    if constexpr (kMode == Mode::kPostPre) {
+      if (has_a) copy16_async(a_to, a, true);
+      if (has_a && is_float) copy16_async(a_to + 512, a + 512, true);
+      if (has_factors) copy16_async(factors_to, factors, true);
+    }
 #pragma unroll 1
     for (; left > 0; left -= kUnits / kStreams) {
       copy16_async(x_to, x, true);
       x_to = (x_to ^ kUnits / kStreams * 16) + kUnits / kStreams * kTokenBytes;  // as few_piece swaps them
       x += step;
-    }
-    if constexpr (kMode == Mode::kPostPre) {
-      if (has_a) copy16_async(a_to, a, true);
-      if (has_a && is_float) copy16_async(a_to + 512, a + 512, true);
-      if (has_factors) copy16_async(factors_to, factors, true);
     }
   }
 
@@ -83,39 +83,76 @@ struct Columns {
   bool has_factors;
 };
 
-// hc_post: a thread makes two columns of all streams of a token.
-__device__ __forceinline__ void make_columns(const Arguments& args, char* memory, const Group& group) {
+// The factors of hc_post that a stream of a token needs.
+struct MakeFactors {
+  float post, comb[kStreams];
+  __device__ __forceinline__ MakeFactors(const char* memory, int token, int stream) {
+    const float* from = reinterpret_cast<const float*>(memory + FewLayout::kFactors) + token * 20 + stream;
+    post = from[0];
+#pragma unroll
+    for (int j = 0; j < kStreams; ++j) comb[j] = from[4 + j * 4];
+  }
+};
+
+// hc_post where the products want it: pieces `first` .. of a stream of eight tokens, as load_matrices would give
+// them, and to shared memory for the other warps.
+__device__ __forceinline__ void make_pieces(uint32_t (&made)[4], const Arguments& args, char* memory,
+                                            const MakeFactors& factors, int tokens, int stream, int first,
+                                            int lane) {
   using L = FewLayout;
+  const int row = tokens + lane % 8, piece = first + lane / 8, own = tokens + lane / 4;
+  uint32_t old[kStreams][4], a[4];
+#pragma unroll
+  for (int j = 0; j < kStreams; ++j) {
+    load_matrices(old[j], smem_address(memory + few_piece(row, j, piece)));
+  }
+  if (args.a_is_float) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int quad = ((first + i) * 2 + lane % 4 / 2) ^ (own & 7);
+      const float2 wide =
+          *reinterpret_cast<const float2*>(memory + L::kA + own * kSlab * 4 + quad * 16 + lane % 2 * 8);
+      a[i] = pack_bf16(wide.x, wide.y);
+    }
+  } else {
+    load_matrices(a, smem_address(memory + L::kA + row * kSlab * 4 + (piece ^ row & 7) * 16));
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t word[kStreams] = {old[0][i], old[1][i], old[2][i], old[3][i]};
+    made[i] = mix_pair(factors.post, factors.comb, a[i], word);
+    *reinterpret_cast<uint32_t*>(memory + L::kMade + few_piece(own, stream, first + i) + lane % 4 * 4) = made[i];
+  }
+}
+
+// The streams that hc_post made, from shared memory.
+__device__ __forceinline__ void store_made(const Arguments& args, const char* memory, const Group& group) {
 #pragma unroll 1
-  for (int i = threadIdx.x; i < group.live * (kSlab / 2); i += kFewThreads) {
-    const int token = i / (kSlab / 2), pair = i % (kSlab / 2), within = pair % 4 * 4;
-    const float4* factors = reinterpret_cast<const float4*>(memory + L::kFactors) + token * 5;
-    const char* from = memory + L::kA + token * kSlab * 4;
-    uint32_t a;
-    if (args.a_is_float) {
-      const float2 wide = reinterpret_cast<const float2*>(from)[pair];
-      a = pack_bf16(wide.x, wide.y);
-    } else {
-      a = reinterpret_cast<const uint32_t*>(from)[pair];
-    }
-    uint32_t old[kStreams];
-    float4 comb[kStreams];
-    const float4 post = factors[0];
+  for (int i = threadIdx.x; i < group.live * (kTokenBytes / 16); i += kFewThreads) {
+    const int token = i / (kTokenBytes / 16), stream = i / 32 % kStreams, piece = i % 32;
+    __nv_bfloat16* to = args.streams + ((group.first + token) * kStreams + stream) * args.dim +
+                        group.slab * kSlab + piece * 8;
+    *reinterpret_cast<uint4*>(to) =
+        *reinterpret_cast<const uint4*>(memory + FewLayout::kMade + few_piece(token, stream, piece));
+  }
+}
+
+// Has the weight cut here, while columns are under way: the compiler would put it off to the products. `few` is
+// never negative.
+template <Mode kMode>
+__device__ __forceinline__ void cut_here(const Step (&weight)[kSteps], int few, const char* memory) {
+  uint32_t all = 0;
 #pragma unroll
-    for (int j = 0; j < kStreams; ++j) {
-      old[j] = *reinterpret_cast<const uint32_t*>(memory + few_piece(token, j, pair / 4) + within);
-      comb[j] = factors[1 + j];
-    }
-    __nv_bfloat16* to =
-        args.streams + (group.first + token) * kStreams * args.dim + group.slab * kSlab + pair * 2;
+  for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
-    for (int k = 0; k < kStreams; ++k) {
-      const float mix[kStreams] = {(&comb[0].x)[k], (&comb[1].x)[k], (&comb[2].x)[k], (&comb[3].x)[k]};
-      const uint32_t made = mix_pair((&post.x)[k], mix, a, old);
-      *reinterpret_cast<uint32_t*>(memory + L::kMade + few_piece(token, k, pair / 4) + within) = made;
-      *reinterpret_cast<uint32_t*>(to + k * args.dim) = made;
+    for (int i = 0; i < 4; ++i) {
+      all ^= weight[step].first[0][i] ^ weight[step].first[1][i];
+      if constexpr (kMode != Mode::kHead) all ^= weight[step].second[i];
     }
   }
+  asm volatile("{\n.reg .pred never;\nsetp.lt.s32 never, %0, 0;\n@never st.shared.b32 [%1], %2;\n}" ::"r"(few),
+               "r"(smem_address(memory)), "r"(all)
+               : "memory");
 }
 
 // post and comb of the token that this block finishes.
@@ -186,42 +223,40 @@ __global__ void __launch_bounds__(kFewThreads, 1) few_kernel(const __grid_consta
   // What no kernel ahead writes: weights.
   asm volatile("griddepcontrol.launch_dependents;");
   exchange.announce(!kHead, norms);
-  Step weight[kSteps];
-  {
-    RawWeight raw;
-    load_raw<kMode>(raw, args, group.slab, warp, lane);
-    const int size = args.norm_is_float ? 4 : 2;
-    if (norms && thread < kSlab * size / 16) {
-      copy16_async(smem_address(memory + L::kWeight) + thread * 16,
-                   static_cast<const char*>(args.norm_weight) + group.slab * kSlab * size + thread * 16, true);
-    }
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) split_step(weight[step], raw, step);
+  RawWeight raw;
+  load_raw<kMode>(raw, args, group.slab, warp, lane);
+  const int size = args.norm_is_float ? 4 : 2;
+  if (norms && thread < kSlab * size / 16) {
+    copy16_async(smem_address(memory + L::kWeight) + thread * 16,
+                 static_cast<const char*>(args.norm_weight) + group.slab * kSlab * size + thread * 16, true);
   }
   const Affine affine = load_affine<kMode>(args, lane < kStreams ? lane : kSquares);
   exchange.meet();
   Columns<kMode> columns(args, memory, group, warp, lane);
-  do {  // a loop, so that the compiler does not put off the cutting
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-  } while (args.few == 0);
-  columns.bring();
+  asm volatile("griddepcontrol.wait;" ::: "memory");
   exchange.start();
+  columns.bring();
+  Step weight[kSteps];
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) split_step(weight[step], raw, step);
+  cut_here<kMode>(weight, args.few, memory);
   copies_wait_all();
   __syncthreads();
-  const char* streams = memory;
-  if constexpr (kMode == Mode::kPostPre) {
-    make_columns(args, memory, group);
-    streams += L::kMade;
-    __syncthreads();
-  }
+  constexpr bool kMakes = kMode == Mode::kPostPre;
+  const char* streams = memory + (kMakes ? L::kMade : 0);
   for (int half = 0; half * 8 < group.live; ++half) {
     // Rows of tokens that are not there hold anything: no other row depends on them.
     Sums sums = {};
+    const MakeFactors factors(memory, half * 8 + lane / 4, warp / 4);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       uint32_t x[4];
-      const int piece = warp % 4 * 8 + i * 4 + lane / 8;
-      load_matrices(x, smem_address(streams + few_piece(half * 8 + lane % 8, warp / 4, piece)));
+      const int first_piece = warp % 4 * 8 + i * 4;
+      if constexpr (kMakes) {
+        make_pieces(x, args, memory, factors, half * 8, warp / 4, first_piece, lane);
+      } else {
+        load_matrices(x, smem_address(memory + few_piece(half * 8 + lane % 8, warp / 4, first_piece + lane / 8)));
+      }
       mix_step<kMode>(sums, weight[i * 2], x[0], x[1]);
       mix_step<kMode>(sums, weight[i * 2 + 1], x[2], x[3]);
     }
@@ -237,6 +272,7 @@ __global__ void __launch_bounds__(kFewThreads, 1) few_kernel(const __grid_consta
       sum += from[unit * kFewSums] + from[(unit + 1) * kFewSums];
     }
     exchange.template send_sums<kHead ? kStreams : 24>(warp, lane, sum);
+    if constexpr (kMakes) store_made(args, memory, group);
     sum = exchange.gate_sums(warp, lane);
     const float squares = __shfl_sync(~0u, sum, kStreams);
     const float gate = sigmoid(logit_of(args, sum, squares, affine)) + args.eps;
@@ -257,6 +293,9 @@ __global__ void __launch_bounds__(kFewThreads, 1) few_kernel(const __grid_consta
       *reinterpret_cast<uint4*>(args.out + (first + warp) * args.dim + group.slab * kSlab + lane * 8) =
           collapsed;
     }
+  }
+  if constexpr (kMakes) {
+    if (warp >= group.live) store_made(args, memory, group);
   }
   if constexpr (!kHead) {
     if (group.finishes() && warp >= kFirstPart && warp < kFirstPart + Exchange::kPartWarps) {
