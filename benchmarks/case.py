@@ -52,7 +52,7 @@ class Case:
     """One op at one shape.
 
     Args:
-        op: its name in ``kernels.dispatch``.
+        op: its name in ``kernels.implementations``.
         shape: sizes in words.
         make: builds the inputs on the current device.
         flops: operations of one call; 0: it is judged by bytes alone.

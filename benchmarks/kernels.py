@@ -48,7 +48,6 @@ NO_CASE = {
     "round_entries": "inside kv_insert; alone only where pages are not fp8",
     "expert_ffn": "quant_rows and expert_ffn_quant, each with its cases",
     "peer_sum": "needs several GPUs: benchmarks/small_sums.py",
-    "merge_samples": "four numbers a row; part of whole decode steps (benchmarks/model_steps.py)",
     "compress": "compress_insert, without the store",
 }
 

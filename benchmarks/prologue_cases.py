@@ -260,6 +260,15 @@ def _sampling() -> Iterator[Case]:
         size = rows * columns * 4
         yield _case("sample_partial", f"{rows}x{columns}", size, size, make)
 
+    for rows in (1, 32):
+
+        def merge(rows: int = rows) -> Call:
+            score, lse = randn(4, rows, dtype=F32), randn(4, rows, dtype=F32)
+            ids, run = integers(VOCAB, 4, rows), own("merge_samples")
+            return lambda: run(score, ids, lse)
+
+        yield _case("merge_samples", f"4 ranks x {rows}", 64 * rows, 12 * rows, merge)
+
     def noise() -> Call:
         seeds, steps, run = integers(1 << 40, 32), integers(1000, 32), own("gumbel_noise")
         return lambda: run(seeds, steps, VOCAB, seeds.device)

@@ -17,6 +17,7 @@ def check_tensor(
     shape: tuple[int | None, ...] | None = None,
     dtype: torch.dtype | tuple[torch.dtype, ...] | None = None,
     device: torch.device | None = None,
+    beside: Tensor | None = None,
 ) -> None:
     """Check one tensor argument of an op.
 
@@ -27,6 +28,8 @@ def check_tensor(
         dtype: the dtype, or the dtypes, that are allowed. Where float32 is, float64 is too: the
             references then compute everything in float64 (``kernels.numerics.widen``).
         device: the device it must be on (the index counts only when ``device`` has one).
+        beside: the op's first tensor, where this is another one: its device is this one's, and only
+            beside float64 may this one be float64 instead of float32.
 
     The last dimension must be contiguous (stride 1) unless it has at most one element; leading
     strides are free.
@@ -43,12 +46,14 @@ def check_tensor(
     if dtype is not None and tensor.dtype is not dtype:
         allowed = dtype if isinstance(dtype, tuple) else (dtype,)
         if tensor.dtype not in allowed:
-            if torch.float32 in allowed:
+            if torch.float32 in allowed and (beside is None or beside.dtype is torch.float64):
                 allowed = (*allowed, torch.float64)
             if tensor.dtype not in allowed:
                 want = " or ".join(str(d).removeprefix("torch.") for d in allowed)
                 got = str(tensor.dtype).removeprefix("torch.")
                 raise KernelContractError(f"{name}: expected dtype {want}, got {got}")
+    if beside is not None:
+        device = beside.device
     if device is not None and tensor.device != device and not _same_device(tensor.device, device):
         raise KernelContractError(f"{name}: expected device {device}, got {tensor.device}")
     strides = tensor.stride()

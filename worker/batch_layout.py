@@ -8,15 +8,28 @@ to the device, and one more to where a captured step reads them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from model.parallel.ranges import Indices
+
 Batch = TypeVar("Batch")
 _WORD, _ALIGN = 8, 2  # bytes of the buffer's numbers; numbers between the starts of tensors
+
+
+def on_host(values: Indices) -> Tensor:
+    """Numbers of a batch, still on the host: all its tensors travel together (``pack``)."""
+    return torch.from_numpy(np.ascontiguousarray(values))
+
+
+def joined(parts: Iterable[Indices]) -> Tensor:
+    """Numbers of a batch that were made in parts, perhaps none, as int64."""
+    return on_host(np.concatenate([np.zeros(0, dtype=np.int64), *parts]).astype(np.int64))
 
 
 def layout_of(value: Any) -> Hashable:

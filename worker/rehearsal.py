@@ -15,12 +15,14 @@ from worker.protocol import (
     SlotInit,
     StepOutput,
     StepPlan,
+    TailOp,
     TailSave,
 )
 from worker.tail_positions import inner_tails
 
 _PROMPTS = (512, 100, 7)  # tokens: ends of HCA groups, of CSA groups, of neither
 _SHORT = 3  # tokens of the prompts before decode steps
+_FILTERED = SamplingParams(temperature=1.0, top_p=0.5)  # draws with noise of its own
 
 
 def rehearse(
@@ -37,7 +39,7 @@ def rehearse(
     tail_interval: int = 1,
     prefill_graphs: bool = False,
 ) -> None:
-    """Run prefill steps of a few lengths and decode steps of the given batch sizes.
+    """Run prefill steps of a few lengths, also of a prompt's rest, and decode steps of the batch sizes.
 
     Args:
         execute: the worker's step; every rank calls this with the same arguments.
@@ -45,7 +47,7 @@ def rehearse(
         max_batched_tokens: the largest prefill step: what it allocates must fit now, not later.
         num_drafts: tokens a decode step verifies beside the last one.
         batches: requests of the decode steps; more than there are slots are left out.
-        num_tails: tails that prefill steps may save; 0 without a prefix cache.
+        num_tails: tails that steps may save and restore; 0 without a prefix cache.
         tail_interval: blocks between the tails inside a long prompt.
         prefill_graphs: whether prefill steps that come back are captured. The largest one runs twice
             then, as the engine will send it for the first chunk of a long prompt, which is therefore
@@ -54,10 +56,15 @@ def rehearse(
     """
     room = min(num_blocks * block_size, max_model_len) - num_drafts - 2
 
-    def init(slot: int, tokens: int) -> tuple[SlotInit, PrefillSlice]:
+    def init(
+        slot: int, tokens: int, sampling: SamplingParams | None = None
+    ) -> tuple[SlotInit, PrefillSlice]:
         blocks = list(range(-(-(tokens + num_drafts + 2) // block_size)))
         opened = SlotInit(
-            request_id=slot, slot=slot, sampling=SamplingParams(), num_prompt_tokens=tokens
+            request_id=slot,
+            slot=slot,
+            sampling=sampling or SamplingParams(),
+            num_prompt_tokens=tokens,
         )
         chunk = PrefillSlice(
             request_id=slot,
@@ -89,11 +96,32 @@ def rehearse(
         )
         return opened, chunk
 
-    def prefill(*pairs: tuple[SlotInit, PrefillSlice]) -> None:
+    def rest_of_prompt(start: int) -> PrefillSlice:
+        """One token, and the state that the chunk ahead left."""
+        return PrefillSlice(request_id=0, slot=0, start=start, token_ids=[0], sample=True)
+
+    def behind_tail() -> tuple[SlotInit, PrefillSlice]:
+        """One token behind the first block, whose tail is restored."""
+        opened = SlotInit(
+            request_id=0,
+            slot=0,
+            sampling=SamplingParams(),
+            num_prompt_tokens=block_size + 1,
+            start=block_size,
+            restore_tail=0,
+            block_ids=[0],
+        )
+        chunk = PrefillSlice(
+            request_id=0, slot=0, start=block_size, token_ids=[0], block_ids=[1], sample=True
+        )
+        return opened, chunk
+
+    def prefill(*pairs: tuple[SlotInit, PrefillSlice], saves: Iterable[TailOp] = ()) -> None:
         execute(
             StepPlan(
                 step_id=0,
                 phase="prefill",
+                saves=list(saves),
                 inits=[opened for opened, _ in pairs],
                 prefill=[chunk for _, chunk in pairs],
             )
@@ -103,6 +131,14 @@ def rehearse(
     for tokens in sorted({*(n for n in _PROMPTS if n < longest), longest}):
         if tokens > 0:
             prefill(init(0, tokens))
+    if longest > 0:
+        prefill(init(0, min(_SHORT, longest), _FILTERED))
+    if longest > _SHORT:
+        prefill(first_chunk(_SHORT))
+        execute(StepPlan(step_id=0, phase="prefill", prefill=[rest_of_prompt(_SHORT)]))
+    if num_tails > 0 and longest > block_size:
+        prefill(init(0, block_size))  # ends where the tail does: nothing else would leave its state
+        prefill(behind_tail(), saves=[TailOp(slot=0, position=block_size, tail=0)])
     if prefill_graphs:
         for tokens in (longest, longest, longest - 1):
             if tokens > 0:

@@ -13,8 +13,10 @@ from model.cache_spec import CacheSpec
 from model.checkpoint.source import load_config, open_source
 from model.deepseek_v4.config import DeepSeekV4Config
 from model.deepseek_v4.held_bytes import held_bytes
+from model.deepseek_v4.projection import Projector
+from model.deepseek_v4.shared_expert import is_shared_out
 from model.deepseek_v4.weights import check_mesh, plan_bytes, weight_plan
-from model.parallel.config import MeshCoord
+from model.parallel.config import MeshCoord, adds_up
 from worker.cache_size import CacheSize, size_cache
 from worker.config import WorkerConfig
 from worker.worker import cache_dtype
@@ -120,8 +122,8 @@ def memory_report(
         for rank in range(parallel.world)
     )
     # A budget is that of a GPU, whose kernels read other forms than the checkpoint's.
-    splits_shared = numerics is Numerics.RELEASE and parallel.moe_combine == "fast"
-    shares = parallel.world if splits_shared else 1
+    shares_out = is_shared_out(Projector(numerics), adds_up(parallel.world, parallel.moe_combine))
+    shares = parallel.world if shares_out else 1
     weights = [
         plan_bytes(plan)
         if budget is None

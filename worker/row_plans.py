@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+import numpy as np
+
 from model.deepseek_v4.config import CSA_RATIO
 from model.parallel.partition import RowPlan, cut, group_wants, plan_rows, window_wants
-from model.parallel.ranges import Chunk, Segment
+from model.parallel.ranges import Chunk, Indices, Segment
 from worker.protocol import PrefillSlice
 
 Chunks = tuple[Chunk, ...]
@@ -22,6 +24,18 @@ cut_chunks = functools.lru_cache(maxsize=_KEPT)(cut)
 def tails_of(slices: Sequence[PrefillSlice]) -> Tails:
     """Positions whose tails each request saves in this step."""
     return tuple(tuple(save.position for save in s.save_tails) for s in slices)
+
+
+def rank_major(items: Sequence[tuple[int, int]], ranks: int) -> tuple[list[Indices], Indices]:
+    """Items (rank, number) as they are gathered: every rank's numbers, and where each item then lies."""
+    numbers: list[list[int]] = [[] for _ in range(ranks)]
+    places = []
+    for rank, number in items:
+        places.append((rank, len(numbers[rank])))
+        numbers[rank].append(number)
+    starts = np.cumsum([0, *map(len, numbers)])
+    order = np.array([starts[rank] + i for rank, i in places], dtype=np.int64)
+    return [np.array(own, dtype=np.int64) for own in numbers], order
 
 
 @functools.lru_cache(maxsize=_KEPT)

@@ -54,6 +54,7 @@ class Worker:
         self._slots: SlotTable | None = None
         self._info: CacheInfo | None = None
         self._runner: ModelRunner | None = None
+        self._walks_experts = False
 
     def init_distributed(self, init_method: str) -> None:
         """Join the process groups; ``init_method`` is ``tcp://host:port`` of a served store."""
@@ -101,6 +102,7 @@ class Worker:
     def init_cache(self) -> CacheInfo:
         """Size the caches (the smallest rank decides) and allocate them."""
         model, mesh = self._need_model(), self._need_mesh()
+        self._walks_experts = self._any_rank_walks_experts()
         with_mtp = model.mtp is not None
         spec = CacheSpec(
             config=model.config,
@@ -173,8 +175,21 @@ class Worker:
             self.config.parallel,
             self.device,
             pages=cache_dtype(self.config.kv_cache.dtype, self.numerics),
-            walks_experts=any(block.ffn.walks_experts for block in model.blocks),
+            walks_experts=self._walks_experts,
         )
+
+    def _any_rank_walks_experts(self) -> bool:
+        """Whether some rank's experts have no stacked form: ranks that disagreed on graphs would part ways.
+
+        Each rank names its layers: slow steps must not come unannounced.
+        """
+        blocks = self._need_model().blocks
+        layers = [number for number, block in enumerate(blocks) if block.ffn.walks_experts]
+        if layers and self.device.type == "cuda" and self.numerics is Numerics.RELEASE:
+            why = "FP8 does not hold their values, or their sizes are no multiples of 16"
+            _LOG.warning("experts of layers %s run one after the other: %s", layers, why)
+        walks = torch.tensor([float(bool(layers))], device=self.device)
+        return bool(self._need_mesh().world.all_reduce(walks, "max").item())
 
     def prefill_obstacle(self) -> str:
         """Why prefill steps run without CUDA graphs here; empty when nothing is in the way."""

@@ -9,11 +9,11 @@ from kernels.contract import KernelContractError, check_tensor
 from kernels.dispatch import kernel
 from kernels.index_query.api import check_index_dim
 from kernels.kv_norm_rope.api import check_nope_blocks
-from kernels.rope.api import check_rope_inputs
+from kernels.rope.api import check_inv_freq
 
 _FLOATS = (torch.float32, torch.bfloat16)
 _DTYPES = (*_FLOATS, torch.float64)
-_OVERLAP = {4: 2, 128: 1}  # ratio -> groups an entry pools
+SERIES = {4: 2, 128: 1}  # ratio -> groups of tokens an entry pools
 
 
 def compress(
@@ -57,29 +57,12 @@ def compress(
         KernelContractError: wrong shape, dtype, device or ratio; a row outside ``rows`` (checked on
             the CPU); dims that do not divide into rounding blocks.
     """
-    if ratio not in _OVERLAP:
-        raise KernelContractError(f"compress: ratio {ratio}, allowed: 4, 128")
     if dtype not in _DTYPES:
         raise KernelContractError(f"compress: dtype {dtype}, allowed: float32, bfloat16, float64")
-    series = _OVERLAP[ratio]
-    head_dim = norm_weight.shape[0]
-    device = rows.device
-    check_tensor("compress: rows", rows, shape=(None, 2 * series * head_dim), dtype=torch.float32)
-    check_tensor(
-        "compress: row_index",
-        row_index,
-        shape=(None, series * ratio),
-        dtype=torch.int64,
-        device=device,
-    )
-    check_tensor("compress: norm_weight", norm_weight, shape=(None,), dtype=_FLOATS, device=device)
-    entries = rows.new_empty((row_index.shape[0], head_dim))
-    check_rope_inputs("compress", entries, positions, inv_freq)
-    if index:
-        check_index_dim("compress", head_dim, quantize)
-    else:
-        check_nope_blocks("compress", head_dim, inv_freq, quantize)
-    result: Tensor = kernel("compress", device)(
+    dim = norm_weight.numel()
+    check_pooled("compress", rows, row_index, norm_weight, positions, inv_freq, ratio, dim)
+    check_entry_dims("compress", dim, inv_freq, index=index, quantize=quantize)
+    result: Tensor = kernel("compress", rows.device)(
         rows,
         row_index,
         norm_weight,
@@ -92,3 +75,52 @@ def compress(
         dtype=dtype,
     )
     return result
+
+
+def check_ratio(op: str, ratio: int) -> None:
+    """Check that entries can be pooled at this ratio.
+
+    Raises:
+        KernelContractError: they cannot.
+    """
+    if ratio not in SERIES:
+        raise KernelContractError(f"{op}: ratio {ratio}, allowed: 4, 128")
+
+
+def check_pooled(
+    op: str,
+    rows: Tensor,
+    row_index: Tensor,
+    norm_weight: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor,
+    ratio: int,
+    dim: int,
+) -> None:
+    """Check what entries of ``dim`` values are pooled, normed and rotated from.
+
+    Raises:
+        KernelContractError: see ``compress``.
+    """
+    check_ratio(op, ratio)
+    series = SERIES[ratio]
+    check_tensor(f"{op}: rows", rows, shape=(None, 2 * series * dim), dtype=torch.float32)
+    for name, tensor, shape, dtype in (
+        ("row_index", row_index, (None, series * ratio), torch.int64),
+        ("norm_weight", norm_weight, (dim,), _FLOATS),
+        ("positions", positions, (row_index.shape[0],), torch.int64),
+    ):
+        check_tensor(f"{op}: {name}", tensor, shape=shape, dtype=dtype, beside=rows)
+    check_inv_freq(op, inv_freq, dim, rows)
+
+
+def check_entry_dims(op: str, dim: int, inv_freq: Tensor, *, index: bool, quantize: bool) -> None:
+    """Check that entries of ``dim`` values divide into the blocks they are rounded in.
+
+    Raises:
+        KernelContractError: they do not.
+    """
+    if index:
+        check_index_dim(op, dim, quantize)
+    else:
+        check_nope_blocks(op, dim, inv_freq, quantize)

@@ -80,7 +80,7 @@ def _pool8(rows, row_index, col, inside, stride, D: tl.constexpr):
     return pooled / tl.where(total == 0.0, 1.0, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["row_index"])
 def _pool_wide(
     rows, row_index, out, stride, index_stride,
     D: tl.constexpr, CHANNELS: tl.constexpr, SLOTS: tl.constexpr,
@@ -101,7 +101,9 @@ def _pool_wide(
     tl.store(out + entry * D + col, pooled.to(out.dtype.element_ty), mask=col < D)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["E"], do_not_specialize_on_alignment=["row_index", "positions", "slots"]
+)
 def _entries(
     rows, row_index, weight, positions, inv_freq, out, pool, slots,
     stride, index_stride, page_stride, eps, scale, E,

@@ -7,16 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.compress.api import SERIES, check_entry_dims, check_ratio
 from kernels.contract import KernelContractError, check_tensor
 from kernels.dispatch import kernel
-from kernels.index_query.api import check_index_dim
-from kernels.kv_norm_rope.api import check_nope_blocks
 from kernels.page_cache.api import check_pool
 from kernels.page_layout import EntryKind, PageLayout
+from kernels.rope.api import check_inv_freq
 
 _FLOATS = (torch.float32, torch.bfloat16)
 _DTYPES = (*_FLOATS, torch.float64)
-SERIES = {4: 2, 128: 1}  # ratio -> groups of tokens an entry pools
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,8 +91,7 @@ def compress_decode(
         KernelContractError: wrong shape, dtype, device, ratio or layout; on the CPU also a slot or
             ring row outside its tensor, rows out of order, or a ring that is too short.
     """
-    if ratio not in SERIES:
-        raise KernelContractError(f"compress_decode: ratio {ratio}, allowed: 4, 128")
+    check_ratio("compress_decode", ratio)
     if dtype not in _DTYPES:
         raise KernelContractError(
             f"compress_decode: dtype {dtype}, allowed: float32, bfloat16, float64"
@@ -106,21 +104,15 @@ def compress_decode(
         )
     width = sum(part.width for part in parts)
     check_tensor("compress_decode: rows", rows, shape=(None, width), dtype=torch.float32)
-    device = rows.device
     if state.dtype is not torch.float32:
         raise KernelContractError(f"compress_decode: state: expected float32, got {state.dtype}")
-    check_tensor("compress_decode: state", state, shape=(None, width), device=device)
+    check_tensor("compress_decode: state", state, shape=(None, width), beside=rows)
     count = (rows.shape[0],)
     for name, value in (("positions", positions), ("seq", seq), ("state_base", state_base)):
-        check_tensor(
-            f"compress_decode: {name}", value, shape=count, dtype=torch.int64, device=device
-        )
-    check_tensor(
-        "compress_decode: inv_freq", inv_freq, shape=(None,), dtype=torch.float32, device=device
-    )
+        check_tensor(f"compress_decode: {name}", value, shape=count, dtype=torch.int64, beside=rows)
     for part in parts:
-        _check_part(part, count, inv_freq, device, ratio=ratio, quantize=quantize)
-    kernel("compress_decode", device)(
+        _check_part(part, rows, inv_freq, ratio=ratio, quantize=quantize)
+    kernel("compress_decode", rows.device)(
         rows,
         state,
         parts,
@@ -138,27 +130,19 @@ def compress_decode(
 
 def _check_part(
     part: CompressPart,
-    count: tuple[int],
+    rows: Tensor,
     inv_freq: Tensor,
-    device: torch.device,
     *,
     ratio: int,
     quantize: bool,
 ) -> None:
     op, dim = "compress_decode", part.layout.head_dim
-    check_tensor(
-        f"{op}: ape",
-        part.ape,
-        shape=(ratio, SERIES[ratio] * dim),
-        dtype=torch.float32,
-        device=device,
-    )
-    check_tensor(f"{op}: norm_weight", part.norm_weight, shape=(dim,), dtype=_FLOATS, device=device)
-    check_pool(op, part.pool, part.layout, device)
-    check_tensor(f"{op}: slots", part.slots, shape=count, dtype=torch.int64, device=device)
-    if 2 * inv_freq.numel() > dim:
-        raise KernelContractError(f"{op}: {2 * inv_freq.numel()} rotary dims of {dim}")
-    if part.index:
-        check_index_dim(op, dim, quantize)
-    else:
-        check_nope_blocks(op, dim, inv_freq, quantize)
+    for name, tensor, shape, dtype in (
+        ("ape", part.ape, (ratio, SERIES[ratio] * dim), torch.float32),
+        ("norm_weight", part.norm_weight, (dim,), _FLOATS),
+        ("slots", part.slots, (rows.shape[0],), torch.int64),
+    ):
+        check_tensor(f"{op}: {name}", tensor, shape=shape, dtype=dtype, beside=rows)
+    check_pool(op, part.pool, part.layout, rows.device)
+    check_inv_freq(op, inv_freq, dim, rows)
+    check_entry_dims(op, dim, inv_freq, index=part.index, quantize=quantize)

@@ -19,13 +19,12 @@ from kernels.qkv_norm_rope.cuda_impl import (
     INDEX_DIMS,
     LATENT_DIMS,
     LATENTS,
-    LAUNCH,
     PAIRS,
     ROW_MATH,
 )
 
 _FOLDER = Path(__file__).parent / "cuda"
-POOLING = (_FOLDER / "pooling.cuh", ROW_MATH, CLUSTER, LATENTS, LAUNCH)
+POOLING = (_FOLDER / "pooling.cuh", ROW_MATH, CLUSTER, LATENTS)
 _FLOATS = (torch.float32, torch.bfloat16)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.compress_decode.api import SERIES, CompressPart
+from kernels.compress.api import SERIES
+from kernels.compress_decode.api import CompressPart
 from kernels.compress_insert.reference import compress_insert
 from kernels.contract import KernelContractError
 

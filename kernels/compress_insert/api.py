@@ -5,16 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.compress.api import check_entry_dims, check_pooled
 from kernels.contract import KernelContractError, check_tensor
 from kernels.dispatch import kernel
-from kernels.index_query.api import check_index_dim
-from kernels.kv_norm_rope.api import check_nope_blocks
 from kernels.page_cache.api import check_pool
 from kernels.page_layout import EntryKind, PageLayout
-from kernels.rope.api import check_rope_inputs
 
 _FLOATS = (torch.float32, torch.bfloat16)
-_SLOTS = {4: 8, 128: 128}  # ratio -> rows an entry pools
 
 
 def compress_insert(
@@ -52,37 +49,16 @@ def compress_insert(
         KernelContractError: wrong shape, dtype, device, ratio or layout; on the CPU also a row or
             slot outside its tensor.
     """
-    if ratio not in _SLOTS:
-        raise KernelContractError(f"compress_insert: ratio {ratio}, allowed: 4, 128")
     if dtype not in _FLOATS:
         raise KernelContractError(f"compress_insert: dtype {dtype}, allowed: float32, bfloat16")
-    count, head_dim, device = row_index.shape[0], layout.head_dim, rows.device
-    width = 2 * head_dim * _SLOTS[ratio] // ratio
-    check_tensor("compress_insert: rows", rows, shape=(None, width), dtype=torch.float32)
-    check_tensor(
-        "compress_insert: row_index",
-        row_index,
-        shape=(None, _SLOTS[ratio]),
-        dtype=torch.int64,
-        device=device,
-    )
-    check_tensor(
-        "compress_insert: norm_weight",
-        norm_weight,
-        shape=(head_dim,),
-        dtype=_FLOATS,
-        device=device,
-    )
-    entries = rows.new_empty((count, head_dim))
-    check_rope_inputs("compress_insert", entries, positions, inv_freq)
+    op, dim = "compress_insert", layout.head_dim
+    check_pooled(op, rows, row_index, norm_weight, positions, inv_freq, ratio, dim)
     index = layout.kind is EntryKind.INDEX
-    if index:
-        check_index_dim("compress_insert", head_dim, quantize)
-    else:
-        check_nope_blocks("compress_insert", head_dim, inv_freq, quantize)
-    check_pool("compress_insert", pool, layout, device)
-    check_tensor("compress_insert: slots", slots, shape=(count,), dtype=torch.int64, device=device)
-    kernel("compress_insert", device)(
+    check_entry_dims(op, dim, inv_freq, index=index, quantize=quantize)
+    check_pool(op, pool, layout, rows.device)
+    count = row_index.shape[0]
+    check_tensor(f"{op}: slots", slots, shape=(count,), dtype=torch.int64, beside=rows)
+    kernel(op, rows.device)(
         rows,
         row_index,
         norm_weight,

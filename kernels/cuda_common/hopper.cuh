@@ -1,4 +1,4 @@
-// Small building blocks: shared-memory addresses, mbarriers, asynchronous copies, vector access.
+// Small building blocks: shared-memory addresses, barriers, asynchronous copies, vector access.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -58,6 +58,20 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// The barrier of a cluster, in two halves: what was written before the first is seen behind the second.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// A shared-memory address of this block in the block `rank` of the cluster.
+__device__ __forceinline__ uint32_t remote_address(uint32_t smem, uint32_t rank) {
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(smem), "r"(rank));
+  return there;
+}
+
 __device__ __forceinline__ void store_shared(uint32_t smem, uint4 v) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(v.x), "r"(v.y), "r"(v.z),
                "r"(v.w)
@@ -72,6 +86,11 @@ __device__ __forceinline__ uint4 load16(const void* p, bool aligned) {
   if (aligned) return __ldg(reinterpret_cast<const uint4*>(p));
   const uint32_t* w = reinterpret_cast<const uint32_t*>(p);
   return make_uint4(__ldg(w), __ldg(w + 1), __ldg(w + 2), __ldg(w + 3));
+}
+
+// Asks L2 for bytes that are read later. Nothing is seen of them yet.
+__device__ __forceinline__ void ask_for(const void* bytes) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(bytes));
 }
 
 __device__ __forceinline__ float exp2_fast(float x) {

@@ -109,6 +109,10 @@ def expert_ffn(
 
     Returns:
         [N, D] in ``rows.dtype``, same order; nothing that may be used from offsets[-1] on.
+
+    Raises:
+        KernelContractError: wrong shape, dtype or device, a limit that is not > 0, or offsets out of
+            order (checked where the host has to read them: by the twin).
     """
     dtypes = (torch.float32, torch.bfloat16)
     device = experts.device
@@ -120,14 +124,14 @@ def expert_ffn(
         offsets,
         shape=(experts.num_experts + 1,),
         dtype=torch.int64,
-        device=device,
+        beside=rows,
     )
     check_tensor(
         "expert_ffn: row_weight",
         row_weight,
         shape=(rows.shape[0],),
         dtype=torch.float32,
-        device=device,
+        beside=rows,
     )
     if not limit > 0:
         raise KernelContractError(f"expert_ffn: limit: expected a number > 0, got {limit}")

@@ -23,6 +23,9 @@ def gumbel_noise(seeds: Tensor, steps: Tensor, vocab: int, device: torch.device)
 
     Returns:
         float32 [N, vocab].
+
+    Raises:
+        KernelContractError: wrong shape or dtype, or ``vocab`` < 1.
     """
     check_tensor("gumbel_noise: seeds", seeds, shape=(None,), dtype=torch.int64)
     check_tensor("gumbel_noise: steps", steps, shape=(seeds.shape[0],), dtype=torch.int64)

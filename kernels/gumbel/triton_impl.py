@@ -27,7 +27,7 @@ def _mix(x):
     return x ^ (x >> 31)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["seeds", "steps"])
 def _gumbel(seeds, steps, out, vocab, P: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     seed = tl.load(seeds + row).to(tl.uint64, bitcast=True)

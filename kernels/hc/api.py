@@ -40,13 +40,12 @@ def hc_pre(
     Returns:
         ``(out, post, comb)``: [T, D] in ``x.dtype``; float32 [T, R]; float32 [T, R, R] as [source,
         destination].
+
+    Raises:
+        KernelContractError: wrong shape, dtype or device, or ``iters`` < 1.
     """
     check_tensor("hc_pre: x", x, shape=(None, None, None), dtype=_FLOATS)
-    streams, width = x.shape[1], x.shape[2]
-    mixes = (2 + streams) * streams
-    _check_params("hc_pre", x, fn, scale, base, mixes, streams * width, 3)
-    if iters < 1:
-        raise KernelContractError(f"hc_pre: iters: expected >= 1, got {iters}")
+    check_mix("hc_pre", x, fn, scale, base, iters)
     out: tuple[Tensor, Tensor, Tensor] = kernel("hc_pre", x.device)(
         x, fn, scale, base, iters=iters, eps=eps, norm_eps=norm_eps
     )
@@ -64,14 +63,12 @@ def hc_post(a: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
 
     Returns:
         New streams [T, R, D] in ``x.dtype``.
+
+    Raises:
+        KernelContractError: wrong shape, dtype or device.
     """
     check_tensor("hc_post: x", x, shape=(None, None, None), dtype=_FLOATS)
-    rows, streams, width = x.shape
-    check_tensor("hc_post: a", a, shape=(rows, width), dtype=x.dtype, device=x.device)
-    check_tensor("hc_post: post", post, shape=(rows, streams), dtype=torch.float32, device=x.device)
-    check_tensor(
-        "hc_post: comb", comb, shape=(rows, streams, streams), dtype=torch.float32, device=x.device
-    )
+    check_finished("hc_post", a, x, post, comb, (x.dtype,))
     out: Tensor = kernel("hc_post", x.device)(a, x, post, comb)
     return out
 
@@ -91,27 +88,52 @@ def hc_head(
 
     Returns:
         [T, D] in ``x.dtype``.
+
+    Raises:
+        KernelContractError: wrong shape, dtype or device.
     """
     check_tensor("hc_head: x", x, shape=(None, None, None), dtype=_FLOATS)
-    streams, width = x.shape[1], x.shape[2]
-    _check_params("hc_head", x, fn, scale, base, streams, streams * width, 1)
+    _check_params("hc_head", x, fn, scale, base, x.shape[1], 1)
     out: Tensor = kernel("hc_head", x.device)(x, fn, scale, base, eps=eps, norm_eps=norm_eps)
     return out
 
 
+def check_mix(op: str, x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, iters: int) -> None:
+    """Check what ``hc_pre`` makes its factors of, for streams ``x`` [T, R, D].
+
+    Raises:
+        KernelContractError: see ``hc_pre``.
+    """
+    streams = x.shape[1]
+    _check_params(op, x, fn, scale, base, (2 + streams) * streams, 3)
+    if iters < 1:
+        raise KernelContractError(f"{op}: iters: expected >= 1, got {iters}")
+
+
+def check_finished(
+    op: str, a: Tensor, x: Tensor, post: Tensor, comb: Tensor, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    """Check the output ``a`` of a sub-layer, in one of ``dtypes``, and what mixes it into ``x``.
+
+    Raises:
+        KernelContractError: see ``hc_post``.
+    """
+    rows, streams, width = x.shape
+    single = (torch.float32,)
+    for name, tensor, shape, dtype in (
+        ("a", a, (rows, width), dtypes),
+        ("post", post, (rows, streams), single),
+        ("comb", comb, (rows, streams, streams), single),
+    ):
+        check_tensor(f"{op}: {name}", tensor, shape=shape, dtype=dtype, beside=x)
+
+
 def _check_params(
-    op: str,
-    x: Tensor,
-    fn: Tensor,
-    scale: Tensor,
-    base: Tensor,
-    mixes: int,
-    columns: int,
-    scales: int,
+    op: str, x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, mixes: int, scales: int
 ) -> None:
     for name, tensor, shape in (
-        ("fn", fn, (mixes, columns)),
+        ("fn", fn, (mixes, x.shape[1] * x.shape[2])),
         ("scale", scale, (scales,)),
         ("base", base, (mixes,)),
     ):
-        check_tensor(f"{op}: {name}", tensor, shape=shape, dtype=torch.float32, device=x.device)
+        check_tensor(f"{op}: {name}", tensor, shape=shape, dtype=torch.float32, beside=x)

@@ -52,7 +52,7 @@ def _weight_dot(x, f, total, NARROW: tl.constexpr):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _partials(
     x, fn, partial, stride_t, stride_r, T,
     D: tl.constexpr, R: tl.constexpr, MIX: tl.constexpr, NP: tl.constexpr, PARTS: tl.constexpr,
@@ -133,7 +133,7 @@ def _doubly_stochastic(c, eps, ITERS: tl.constexpr, R: tl.constexpr):
     return c
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _collapse(
     partial, x, scale, base, out, post, comb, stride_t, stride_r, eps, norm_eps, T,
     D: tl.constexpr, R: tl.constexpr, MIX: tl.constexpr, NP: tl.constexpr, SLABS: tl.constexpr,

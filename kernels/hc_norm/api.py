@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from kernels.contract import KernelContractError, check_tensor
+from kernels.contract import check_tensor
 from kernels.dispatch import kernel
+from kernels.hc.api import check_finished, check_mix
 from kernels.quant_rows.api import QuantRows
 
 _FLOATS = (torch.float32, torch.bfloat16)
@@ -47,7 +46,7 @@ def hc_pre_norm(
         KernelContractError: wrong shape, dtype or device, or ``iters`` < 1.
     """
     check_tensor("hc_pre_norm: x", x, shape=(None, None, None), dtype=_FLOATS)
-    _check("hc_pre_norm", x, fn, scale, base, norm_weight, iters, ())
+    _check("hc_pre_norm", x, fn, scale, base, norm_weight, iters)
     result: tuple[Tensor, QuantRows, Tensor, Tensor] = kernel("hc_pre_norm", x.device)(
         x,
         fn,
@@ -102,14 +101,8 @@ def hc_post_pre_norm(
         KernelContractError: wrong shape, dtype or device, or ``iters`` < 1.
     """
     check_tensor("hc_post_pre_norm: x", x, shape=(None, None, None), dtype=_FLOATS)
-    tokens, r, dim = x.shape
-    given = x.dtype if x.dtype is not torch.bfloat16 else _FLOATS
-    before = (
-        ("a", a, (tokens, dim), given),
-        ("post", post, (tokens, r), torch.float32),
-        ("comb", comb, (tokens, r, r), torch.float32),
-    )
-    _check("hc_post_pre_norm", x, fn, scale, base, norm_weight, iters, before)
+    check_finished("hc_post_pre_norm", a, x, post, comb, (x.dtype, torch.float32))
+    _check("hc_post_pre_norm", x, fn, scale, base, norm_weight, iters)
     result: tuple[Tensor, Tensor, QuantRows, Tensor, Tensor] = kernel("hc_post_pre_norm", x.device)(
         a,
         x,
@@ -135,17 +128,7 @@ def _check(
     base: Tensor,
     norm_weight: Tensor,
     iters: int,
-    before: Sequence[tuple[str, Tensor, tuple[int, ...], torch.dtype | tuple[torch.dtype, ...]]],
 ) -> None:
-    r, dim = x.shape[1], x.shape[2]
-    mixes = (2 + r) * r
-    for name, tensor, shape, dtype in (
-        *before,
-        ("fn", fn, (mixes, r * dim), torch.float32),
-        ("scale", scale, (3,), torch.float32),
-        ("base", base, (mixes,), torch.float32),
-    ):
-        check_tensor(f"{op}: {name}", tensor, shape=shape, dtype=dtype, device=x.device)
-    check_tensor(f"{op}: norm_weight", norm_weight, shape=(dim,), dtype=_FLOATS, device=x.device)
-    if iters < 1:
-        raise KernelContractError(f"{op}: iters: expected >= 1, got {iters}")
+    check_mix(op, x, fn, scale, base, iters)
+    shape = (x.shape[2],)
+    check_tensor(f"{op}: norm_weight", norm_weight, shape=shape, dtype=_FLOATS, beside=x)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.contract import KernelContractError, check_tensor
+from kernels.contract import check_tensor
 from kernels.dispatch import kernel
+from kernels.hc.api import check_finished, check_mix
 
 _FLOATS = (torch.float32, torch.bfloat16)
 
@@ -47,21 +48,8 @@ def hc_post_pre(
         KernelContractError: wrong shape, dtype or device, or ``iters`` < 1.
     """
     check_tensor("hc_post_pre: x", x, shape=(None, None, None), dtype=_FLOATS)
-    tokens, r, dim = x.shape
-    mixes = (2 + r) * r
-    single = torch.float32
-    given = x.dtype if x.dtype is not torch.bfloat16 else _FLOATS
-    for name, tensor, shape, dtype in (
-        ("a", a, (tokens, dim), given),
-        ("post", post, (tokens, r), single),
-        ("comb", comb, (tokens, r, r), single),
-        ("fn", fn, (mixes, r * dim), single),
-        ("scale", scale, (3,), single),
-        ("base", base, (mixes,), single),
-    ):
-        check_tensor(f"hc_post_pre: {name}", tensor, shape=shape, dtype=dtype, device=x.device)
-    if iters < 1:
-        raise KernelContractError(f"hc_post_pre: iters: expected >= 1, got {iters}")
+    check_finished("hc_post_pre", a, x, post, comb, (x.dtype, torch.float32))
+    check_mix("hc_post_pre", x, fn, scale, base, iters)
     result: tuple[Tensor, Tensor, Tensor, Tensor] = kernel("hc_post_pre", x.device)(
         a, x, post, comb, fn, scale, base, iters=iters, eps=eps, norm_eps=norm_eps
     )

@@ -22,7 +22,7 @@ _HEADS, _WARPS, _STAGES = 64, 4, 1  # rows and warps of a tile, tiles in flight
 _PROGRAMS = 132 * 16  # more tokens than that make a program walk over several
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "LOOP"], do_not_specialize_on_alignment=["positions"])
 def _index_query(
     q, positions, inv_freq, out, stride_t, stride_h, scale, T, H, LOOP,
     D: tl.constexpr, P: tl.constexpr, PAIRS: tl.constexpr, SHIFT: tl.constexpr, BH: tl.constexpr,

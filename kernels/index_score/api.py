@@ -42,29 +42,43 @@ def index_score(
         KernelContractError: wrong shape, dtype, device or layout; pages or entries outside the pool
             or the block table (checked on the CPU).
     """
-    tokens, heads, dim = q.shape if q.dim() == 3 else (None, None, None)
-    check_tensor(
-        "index_score: q", q, shape=(tokens, heads, dim), dtype=(torch.float32, torch.bfloat16)
-    )
-    check_tensor("index_score: w", w, shape=(tokens, heads), dtype=torch.float32, device=q.device)
-    if layout.kind is not EntryKind.INDEX or layout.head_dim != dim:
-        raise KernelContractError(
-            f"index_score: layout holds {layout.kind.value} entries of {layout.head_dim} values,"
-            f" expected index entries of {dim}"
-        )
-    check_pool("index_score", pool, layout, q.device)
-    check_tensor(
-        "index_score: block_table",
-        block_table,
-        shape=(None, None),
-        dtype=torch.int32,
-        device=q.device,
-    )
-    for name, per_row in (("row_seq", row_seq), ("num_entries", num_entries)):
-        check_tensor(
-            f"index_score: {name}", per_row, shape=(tokens,), dtype=torch.int64, device=q.device
-        )
+    check_scored("index_score", q, w, pool, layout, block_table, row_seq, num_entries)
     result: Tensor = kernel("index_score", q.device)(
         q, w, pool, layout, block_table, row_seq, num_entries
     )
     return result
+
+
+def check_scored(
+    op: str,
+    q: Tensor,
+    w: Tensor,
+    pool: Tensor,
+    layout: PageLayout,
+    block_table: Tensor,
+    row_seq: Tensor,
+    num_entries: Tensor,
+) -> None:
+    """Check what scores are made of.
+
+    Raises:
+        KernelContractError: see ``index_score``.
+    """
+    tokens, heads, dim = q.shape if q.dim() == 3 else (None, None, None)
+    check_tensor(f"{op}: q", q, shape=(tokens, heads, dim), dtype=(torch.float32, torch.bfloat16))
+    check_tensor(f"{op}: w", w, shape=(tokens, heads), dtype=torch.float32, beside=q)
+    if layout.kind is not EntryKind.INDEX or layout.head_dim != dim:
+        raise KernelContractError(
+            f"{op}: layout holds {layout.kind.value} entries of {layout.head_dim} values,"
+            f" expected index entries of {dim}"
+        )
+    check_pool(op, pool, layout, q.device)
+    check_tensor(
+        f"{op}: block_table",
+        block_table,
+        shape=(None, None),
+        dtype=torch.int32,
+        beside=q,
+    )
+    for name, per_row in (("row_seq", row_seq), ("num_entries", num_entries)):
+        check_tensor(f"{op}: {name}", per_row, shape=(tokens,), dtype=torch.int64, beside=q)

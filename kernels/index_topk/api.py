@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from kernels.contract import KernelContractError, check_tensor
+from kernels.contract import KernelContractError
 from kernels.dispatch import kernel
-from kernels.page_cache.api import check_pool
-from kernels.page_layout import EntryKind, PageLayout
+from kernels.index_score.api import check_scored
+from kernels.page_layout import PageLayout
 
 
 def index_topk(
@@ -44,34 +43,10 @@ def index_topk(
         int32 [T, k]: chosen entries, ascending, -1 last; ties go to the smaller entry.
 
     Raises:
-        KernelContractError: wrong shape, dtype, device or layout; negative k.
+        KernelContractError: wrong shape, dtype, device or layout; negative k; a ``head_scale`` of 0;
+            pages or entries outside the pool or the block table (checked on the CPU).
     """
-    tokens, heads, dim = q.shape if q.dim() == 3 else (None, None, None)
-    check_tensor(
-        "index_topk: q",
-        q,
-        shape=(tokens, heads, dim),
-        dtype=(torch.float32, torch.bfloat16, torch.float64),
-    )
-    wide = torch.float64 if q.dtype is torch.float64 else torch.float32
-    check_tensor("index_topk: w", w, shape=(tokens, heads), dtype=wide, device=q.device)
-    if layout.kind is not EntryKind.INDEX or layout.head_dim != dim:
-        raise KernelContractError(
-            f"index_topk: layout holds {layout.kind.value} entries of {layout.head_dim} values,"
-            f" expected index entries of {dim}"
-        )
-    check_pool("index_topk", pool, layout, q.device)
-    check_tensor(
-        "index_topk: block_table",
-        block_table,
-        shape=(None, None),
-        dtype=torch.int32,
-        device=q.device,
-    )
-    for name, per_row in (("row_seq", row_seq), ("num_entries", num_entries)):
-        check_tensor(
-            f"index_topk: {name}", per_row, shape=(tokens,), dtype=torch.int64, device=q.device
-        )
+    check_scored("index_topk", q, w, pool, layout, block_table, row_seq, num_entries)
     if k < 0:
         raise KernelContractError(f"index_topk: k = {k}, allowed: 0 and above")
     if head_scale == 0:

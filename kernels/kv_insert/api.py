@@ -74,7 +74,7 @@ def check_latent_insert(
     Raises:
         KernelContractError: see ``kv_insert``.
     """
-    check_tensor(f"{op}: weight", weight, shape=(kv.shape[1],), dtype=_FLOATS, device=kv.device)
+    check_tensor(f"{op}: weight", weight, shape=(kv.shape[1],), dtype=_FLOATS, beside=kv)
     check_rope_inputs(op, kv, positions, inv_freq)
     check_nope_blocks(op, kv.shape[1], inv_freq, quantize)
     rope_dim = 2 * inv_freq.numel()
@@ -88,4 +88,4 @@ def check_latent_insert(
             f"{op}: layout: expected head_dim {kv.shape[1]}, got {layout.head_dim}"
         )
     check_pool(op, pool, layout, kv.device)
-    check_tensor(f"{op}: slots", slots, shape=(kv.shape[0],), dtype=torch.int64, device=kv.device)
+    check_tensor(f"{op}: slots", slots, shape=(kv.shape[0],), dtype=torch.int64, beside=kv)

@@ -36,7 +36,7 @@ def kv_norm_rope(
         weight,
         shape=(kv.shape[1],),
         dtype=(torch.float32, torch.bfloat16),
-        device=kv.device,
+        beside=kv,
     )
     check_rope_inputs("kv_norm_rope", kv, positions, inv_freq)
     check_nope_blocks("kv_norm_rope", kv.shape[1], inv_freq, quantize)

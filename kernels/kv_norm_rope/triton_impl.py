@@ -25,7 +25,7 @@ from kernels.triton_math import QUANT_BLOCK, fake_fp8, padded, sincos, twin_for_
 _ROWS, _WARPS = 2, 1  # tokens and warps of a program; a row lies in one warp
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["positions", "slots"])
 def _latent(
     kv, weight, positions, inv_freq, out, pool, slots, stride, page_stride, eps, T,
     D: tl.constexpr, P: tl.constexpr, PAIRS: tl.constexpr, PP: tl.constexpr, R: tl.constexpr,

@@ -140,6 +140,9 @@ def linear(
 
     Returns:
         [.., n] in ``out_dtype``.
+
+    Raises:
+        KernelContractError: wrong shape, dtype or device.
     """
     check_tensor("linear: x", x, dtype=_FLOATS, device=w.device)
     if x.dim() == 0 or x.shape[-1] != w.in_features:
@@ -150,7 +153,7 @@ def linear(
     if amax is not None:
         blocks = num_blocks(w.in_features, BLOCK, w.col_offset)
         shape = (*x.shape[:-1], blocks)
-        check_tensor("linear: amax", amax, shape=shape, dtype=torch.float32, device=x.device)
+        check_tensor("linear: amax", amax, shape=shape, dtype=torch.float32, beside=x)
     dtype = x.dtype if out_dtype is None else out_dtype
     if dtype not in (*_FLOATS, torch.float64):
         raise KernelContractError(

@@ -27,14 +27,10 @@ def merge_lse(o: Tensor, lse: Tensor, sink: Tensor | None = None) -> tuple[Tenso
     check_tensor(
         "merge_lse: o", o, shape=(None, None, None, None), dtype=(torch.float32, torch.bfloat16)
     )
-    check_tensor(
-        "merge_lse: lse", lse, shape=tuple(o.shape[:3]), dtype=torch.float32, device=o.device
-    )
+    check_tensor("merge_lse: lse", lse, shape=tuple(o.shape[:3]), dtype=torch.float32, beside=o)
     if o.shape[0] == 0:
         raise KernelContractError("merge_lse: o holds 0 partials, allowed: 1 and above")
     if sink is not None:
-        check_tensor(
-            "merge_lse: sink", sink, shape=(o.shape[2],), dtype=torch.float32, device=o.device
-        )
+        check_tensor("merge_lse: sink", sink, shape=(o.shape[2],), dtype=torch.float32, beside=o)
     merged: tuple[Tensor, Tensor] = kernel("merge_lse", o.device)(o, lse, sink)
     return merged

@@ -44,19 +44,19 @@ def moe_gate(
         ``(ids, w)``: int64 [T, k], ascending in each row, and float32 [T, k].
 
     Raises:
-        KernelContractError: wrong arguments; a token id outside the table, or an expert id in the
-            table outside 0..E-1 (checked for the rows that are read).
+        KernelContractError: wrong shape, dtype or device, k outside 1..E, hash routing with a bias or
+            with only one of its two tensors; on the CPU also a token id outside the table, or an
+            expert id outside 0..E-1 in a row that is read. On a GPU, which nothing waits for, such a
+            token's weights are NaN.
     """
     floats = (torch.float32, torch.bfloat16)
     check_tensor("moe_gate: x", x, shape=(None, None), dtype=floats)
-    check_tensor(
-        "moe_gate: weight", weight, shape=(None, x.shape[1]), dtype=floats, device=x.device
-    )
+    check_tensor("moe_gate: weight", weight, shape=(None, x.shape[1]), dtype=floats, beside=x)
     experts = weight.shape[0]
     if not 1 <= k <= experts:
         raise KernelContractError(f"moe_gate: k: expected 1..{experts}, got {k}")
     if bias is not None:
-        check_tensor("moe_gate: bias", bias, shape=(experts,), dtype=torch.float32, device=x.device)
+        check_tensor("moe_gate: bias", bias, shape=(experts,), dtype=torch.float32, beside=x)
     if (tid2eid is None) != (token_ids is None):
         raise KernelContractError("moe_gate: expected tid2eid and token_ids together, got only one")
     if tid2eid is not None and token_ids is not None:
@@ -67,14 +67,14 @@ def moe_gate(
             tid2eid,
             shape=(None, k),
             dtype=(torch.int64, torch.int32),
-            device=x.device,
+            beside=x,
         )
         check_tensor(
             "moe_gate: token_ids",
             token_ids,
             shape=(x.shape[0],),
             dtype=torch.int64,
-            device=x.device,
+            beside=x,
         )
     out: tuple[Tensor, Tensor] = kernel("moe_gate", x.device)(
         x,

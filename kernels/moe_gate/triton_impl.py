@@ -22,7 +22,7 @@ _FEW = 128  # tokens up to which chunks are spread over programs
 _TOKENS = 1  # of a program that chooses: one warp, so that no reduction crosses warps
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _logits(
     x, weight, out, stride_x, stride_w, T, E, CHUNKS,
     D: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
@@ -60,12 +60,13 @@ def _logits(
 
 @triton.jit
 def _score(logit):
-    soft = tl.where(logit > 20.0, logit, libdevice.log1p(libdevice.exp(tl.minimum(logit, 20.0))))
+    low = tl.minimum(logit, 20.0, propagate_nan=tl.PropagateNan.ALL)
+    soft = tl.where(logit > 20.0, logit, libdevice.log1p(libdevice.exp(low)))
     small = libdevice.exp(0.5 * tl.maximum(logit, -160.0))
     return tl.where(logit < -20.0, small, tl.sqrt_rn(soft))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["token_ids"])
 def _choose(
     logits, bias, table, token_ids, ids, weights, table_stride, route_scale, T, E, VOCAB,
     PARTS: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr,

@@ -93,13 +93,13 @@ def moe_permute_quant(
 def _check_routes(
     op: str, x: Tensor, ids: Tensor, weights: Tensor, first_expert: int, num_local: int
 ) -> None:
-    check_tensor(f"{op}: ids", ids, shape=(x.shape[0], None), dtype=torch.int64, device=x.device)
+    check_tensor(f"{op}: ids", ids, shape=(x.shape[0], None), dtype=torch.int64, beside=x)
     check_tensor(
         f"{op}: weights",
         weights,
         shape=tuple(ids.shape),
         dtype=torch.float32,
-        device=x.device,
+        beside=x,
     )
     if first_expert < 0 or num_local < 1:
         raise KernelContractError(
@@ -126,14 +126,10 @@ def moe_unpermute(
         KernelContractError: wrong shape, dtype or device.
     """
     check_tensor("moe_unpermute: rows", rows, shape=(None, None), dtype=_FLOATS)
-    check_tensor(
-        "moe_unpermute: place", place, shape=(None, None), dtype=torch.int64, device=rows.device
-    )
+    check_tensor("moe_unpermute: place", place, shape=(None, None), dtype=torch.int64, beside=rows)
     if shared is not None:
         shape = (place.shape[0], rows.shape[1])
-        check_tensor(
-            "moe_unpermute: shared", shared, shape=shape, dtype=_FLOATS, device=rows.device
-        )
+        check_tensor("moe_unpermute: shared", shared, shape=shape, dtype=_FLOATS, beside=rows)
     if dtype not in (*_FLOATS, torch.float64):
         raise KernelContractError(
             f"moe_unpermute: dtype {dtype}, allowed: float32, bfloat16, float64"

@@ -13,7 +13,6 @@ from kernels import nvcc
 from kernels.moe_permute import triton_impl
 from kernels.moe_permute.api import PermutedQuantRows, PermutedRows
 from kernels.page_cache.cuda_pages import is_aligned
-from kernels.qkv_norm_rope.cuda_impl import LAUNCH
 from kernels.quant_rows.api import QuantRows, empty_quant_rows
 
 _FOLDER = Path(__file__).parent / "cuda"
@@ -37,7 +36,7 @@ class _Permute(ctypes.Structure):
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = nvcc.load_library(_FOLDER / "permute.cu", LAUNCH)
+    library = nvcc.load_library(_FOLDER / "permute.cu")
     library.causeway_moe_permute.argtypes = (ctypes.POINTER(_Permute), ctypes.c_void_p)
     return library
 

@@ -6,6 +6,8 @@ row. Many: counts per block of choices, a scan over the blocks, places, then the
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +20,7 @@ from kernels.triton_math import padded, twin_for_float64
 
 _BLOCK = 128  # choices of a program that places
 FEW = 512  # choices up to which every program finds its places among all of them
+_LEAST = 32  # choices that a program of them looks through at least
 _SCAN, _BINS = 256, 8  # blocks a step of the scan adds up, experts of one of its programs
 _COLUMNS = 2048
 
@@ -31,7 +34,7 @@ def _experts(ids, block, COUNT, FIRST, E: tl.constexpr, BLOCK: tl.constexpr):
     return tl.where(here, expert, E).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["COUNT"])
 def _count(ids, counts, COUNT, FIRST, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr):
     block = tl.program_id(0)
     expert = _experts(ids, block, COUNT, FIRST, E, BLOCK)
@@ -39,7 +42,7 @@ def _count(ids, counts, COUNT, FIRST, E: tl.constexpr, EP: tl.constexpr, BLOCK: 
     tl.store(counts + block * EP + bin_, tl.histogram(expert, EP))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["BLOCKS"])
 def _scan(counts, starts, totals, BLOCKS, EP: tl.constexpr, BINS: tl.constexpr, STEP: tl.constexpr):
     """starts[block, e]: rows of expert e in the blocks before; totals[e]. BINS experts a program."""
     bin_ = tl.program_id(0) * BINS + tl.arange(0, BINS)
@@ -55,7 +58,7 @@ def _scan(counts, starts, totals, BLOCKS, EP: tl.constexpr, BINS: tl.constexpr, 
     tl.store(totals + bin_, before)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["COUNT"])
 def _place(
     ids, starts, totals, offsets, place, COUNT, FIRST,
     E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr,
@@ -77,7 +80,7 @@ def _place(
     tl.store(place + target, where.to(tl.int64), mask=target < COUNT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "COUNT"])
 def _few(
     x, scale, ids, weights, offsets, place, rows, row_scale, row_weight,
     stride, scale_stride, out_stride, out_scale_stride, weight_stride, T, COUNT, FIRST,
@@ -158,6 +161,21 @@ def _add_rows(
     tl.store(out + token * D + col, total.to(out.dtype.element_ty), mask=col < D)
 
 
+@functools.cache
+def _compile_few(
+    device: int,
+    dtypes: tuple[torch.dtype | None, ...],
+    strides: tuple[int, ...],
+    first_expert: int,
+    shape: tuple[tuple[str, int], ...],
+) -> None:
+    """Compile ``_few`` for all numbers of choices: a later step of another number must not wait for it."""
+    size = _LEAST
+    while size <= FEW:
+        _few.warmup(*dtypes, *strides, 1, 1, first_expert, NP=size, grid=(1,), **dict(shape))
+        size *= 2
+
+
 def _permute(
     x: Tensor,
     scale: Tensor | None,
@@ -192,11 +210,16 @@ def _permute(
     )
     warps = max(1, block * x.element_size() // 1024)
     if few:
+        tensors = (x, scale, ids, weights, offsets, place, rows, row_scale, row_weight)
+        shape = {
+            **{"D": dim, "P": block, "S": scales, "SP": padded(scales), "K": choices},
+            **{"E": num_local, "EP": bins, "num_warps": warps},
+        }
+        dtypes = tuple(None if t is None else t.dtype for t in tensors)
+        _compile_few(x.get_device(), dtypes, strides, first_expert, tuple(shape.items()))
         _few[(tokens + 1, triton.cdiv(dim, block))](
-            x, scale, ids, weights, offsets, place, rows, row_scale, row_weight, *strides,
-            tokens, count, first_expert, D=dim, P=block, S=scales, SP=padded(scales), K=choices,
-            E=num_local, EP=bins, NP=padded(count, 32), num_warps=warps,
-        )  # fmt: skip
+            *tensors, *strides, tokens, count, first_expert, NP=padded(count, _LEAST), **shape
+        )
         return offsets, row_weight, place
     counts = torch.empty((blocks, bins), dtype=torch.int32, device=x.device)
     starts = torch.empty_like(counts)

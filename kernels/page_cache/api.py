@@ -37,7 +37,7 @@ def store_entries(pool: Tensor, layout: PageLayout, slots: Tensor, rows: Tensor)
     check_pool("store_entries", pool, layout, rows.device)
     check_tensor("store_entries: rows", rows, shape=(None, layout.head_dim), dtype=_ROW_DTYPES)
     check_tensor(
-        "store_entries: slots", slots, shape=(rows.shape[0],), dtype=torch.int64, device=rows.device
+        "store_entries: slots", slots, shape=(rows.shape[0],), dtype=torch.int64, beside=rows
     )
     kernel("store_entries", rows.device)(pool, layout, slots, rows)
 

@@ -151,12 +151,13 @@ def _encode(rows: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor | None]:
 
 
 def _ceil_pow2_scale(amax: Tensor) -> Tensor:
-    """``2^ceil(log2(amax / 448))`` in f32, at least the smallest normal number."""
+    """``2^ceil(log2(amax / 448))`` in f32, at least the smallest normal number; NaN for NaN and infinity."""
     floor = _E4M3_MAX * 2.0 ** (1 - _F32_BIAS)
     mantissa, exponent = torch.frexp(amax.clamp(min=floor) / _E4M3_MAX)
     # x = mantissa * 2^exponent with mantissa in [0.5, 1): only an exact power of two stays below.
     exponent = exponent - (mantissa == 0.5).to(exponent.dtype)
-    return ((exponent + _F32_BIAS) << _F32_MANTISSA_BITS).view(torch.float32)
+    scale = ((exponent + _F32_BIAS) << _F32_MANTISSA_BITS).view(torch.float32)
+    return scale.masked_fill(~amax.isfinite(), torch.nan)
 
 
 def _decode(payload: Tensor, scales: Tensor, layout: PageLayout, dtype: torch.dtype) -> Tensor:

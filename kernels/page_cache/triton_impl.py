@@ -27,7 +27,7 @@ from kernels.triton_math import QUANT_BLOCK, padded, scale_value, twin_for_float
 _ROWS, _WARPS = 8, 4  # entries and warps of a program; an entry lies in one warp
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["slots"])
 def _store(
     pool, slots, rows, out, page_stride, row_stride, T,
     D: tl.constexpr, P: tl.constexpr, NOPE: tl.constexpr, R: tl.constexpr, FORMAT: tl.constexpr,
@@ -73,7 +73,7 @@ def _store(
         tl.store(out + row[:, None] * D + col[None, :], value.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["slots"])
 def _load(
     pool, slots, out, page_stride, T,
     D: tl.constexpr, P: tl.constexpr, NOPE: tl.constexpr, R: tl.constexpr, FORMAT: tl.constexpr,

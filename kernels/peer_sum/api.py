@@ -75,9 +75,7 @@ def peer_sum(x: Tensor, peers: PeerBoxes) -> Tensor:
     for box in peers.boxes:
         shape = (box_bytes(size),)
         check_tensor("peer_sum: box", box, shape=shape, dtype=torch.uint8)
-    check_tensor(
-        "peer_sum: rounds", peers.rounds, shape=(BLOCKS,), dtype=torch.int32, device=x.device
-    )
+    check_tensor("peer_sum: rounds", peers.rounds, shape=(BLOCKS,), dtype=torch.int32, beside=x)
     if x.numel():
         kernel("peer_sum", x.device)(x, peers)
     return x

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.contract import KernelContractError, check_tensor
+from kernels.contract import check_tensor
 from kernels.dispatch import kernel
 from kernels.index_query.api import check_index_dim
 from kernels.kv_insert.api import check_latent_insert
 from kernels.page_layout import PageLayout
+from kernels.rope.api import check_inv_freq
 
 _FLOATS = (torch.float32, torch.bfloat16)
 
@@ -53,7 +54,7 @@ def qkv_norm_rope(
     """
     check_tensor("qkv_norm_rope: q", q, shape=(None, None, None), dtype=_FLOATS)
     tokens, _, dim = q.shape
-    check_tensor("qkv_norm_rope: kv", kv, shape=(tokens, dim), dtype=q.dtype, device=q.device)
+    check_tensor("qkv_norm_rope: kv", kv, shape=(tokens, dim), dtype=q.dtype, beside=q)
     check_latent_insert(
         "qkv_norm_rope", kv, kv_weight, positions, inv_freq, pool, layout, slots, quantize=quantize
     )
@@ -63,13 +64,10 @@ def qkv_norm_rope(
             index_q,
             shape=(tokens, None, None),
             dtype=q.dtype,
-            device=q.device,
+            beside=q,
         )
         check_index_dim("qkv_norm_rope", index_q.shape[-1], quantize)
-        if 2 * inv_freq.numel() > index_q.shape[-1]:
-            raise KernelContractError(
-                f"qkv_norm_rope: index_q: {2 * inv_freq.numel()} rotary dims of {index_q.shape[-1]}"
-            )
+        check_inv_freq("qkv_norm_rope: index_q", inv_freq, index_q.shape[-1], q)
     out: tuple[Tensor, Tensor, Tensor | None] = kernel("qkv_norm_rope", q.device)(
         q,
         kv,

@@ -22,7 +22,7 @@ from kernels.q_norm_rope import triton_impl as q_norm_rope
 
 _FOLDER = Path(__file__).parent / "cuda"
 ROW_MATH, CLUSTER = _FOLDER / "row_math.cuh", _FOLDER / "cluster.cuh"
-LAUNCH, LATENTS = _FOLDER / "launch.cuh", _FOLDER / "latents.cuh"
+LATENTS = _FOLDER / "latents.cuh"
 _FLOATS = (torch.float32, torch.bfloat16)
 PAIRS = 32  # rotary pairs, one per lane
 LATENT_DIMS, INDEX_DIMS = (128, 512), (64, 128)
@@ -47,7 +47,7 @@ class _Call(ctypes.Structure):
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = nvcc.load_library(_FOLDER / "qkv.cu", ROW_MATH, LAUNCH, LATENTS)
+    library = nvcc.load_library(_FOLDER / "qkv.cu", ROW_MATH, LATENTS)
     library.causeway_qkv_norm_rope.argtypes = (ctypes.POINTER(_Call), ctypes.c_void_p)
     return library
 

@@ -33,6 +33,9 @@ def block_amax(x: Tensor, block: int, col_offset: int = 0) -> Tensor:
 
     Returns:
         float32 [.., nblocks], one value per global block that the columns touch. NaN propagates.
+
+    Raises:
+        KernelContractError: wrong shape or dtype, or a block or offset out of range.
     """
     _check_blocks("block_amax", x, block, col_offset)
     out: Tensor = kernel("block_amax", x.device)(x, block, col_offset)
@@ -56,13 +59,14 @@ def fake_quant_fp8(
 
     Returns:
         [.., k] in ``x.dtype`` (exact in either). A NaN in a block makes the block NaN.
+
+    Raises:
+        KernelContractError: wrong shape, dtype or device, or a block or offset out of range.
     """
     _check_blocks("fake_quant_fp8", x, block, col_offset)
     if amax is not None:
         shape = (*x.shape[:-1], num_blocks(x.shape[-1], block, col_offset))
-        check_tensor(
-            "fake_quant_fp8: amax", amax, shape=shape, dtype=torch.float32, device=x.device
-        )
+        check_tensor("fake_quant_fp8: amax", amax, shape=shape, dtype=torch.float32, beside=x)
     out: Tensor = kernel("fake_quant_fp8", x.device)(x, block, amax, col_offset)
     return out
 
@@ -77,6 +81,9 @@ def fake_quant_fp4(x: Tensor) -> Tensor:
 
     Returns:
         [.., k] in ``x.dtype``. A NaN in a block makes the block NaN.
+
+    Raises:
+        KernelContractError: wrong shape or dtype, or k no multiple of 32.
     """
     _check_fp4_columns("fake_quant_fp4", x)
     out: Tensor = kernel("fake_quant_fp4", x.device)(x)
@@ -92,6 +99,9 @@ def act_quant(x: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
 
     Returns:
         ``(q, s)``: e4m3 [.., k] and float32 powers of two [.., ceil(k / block)].
+
+    Raises:
+        KernelContractError: wrong shape or dtype, or ``block`` < 1.
     """
     _check_blocks("act_quant", x, block, 0)
     out: tuple[Tensor, Tensor] = kernel("act_quant", x.device)(x, block)
@@ -109,6 +119,9 @@ def dequant_fp8(data: Tensor, scale_u8: Tensor, row_offset: int = 0, col_offset:
 
     Returns:
         float32 [n, k].
+
+    Raises:
+        KernelContractError: wrong shape, dtype or device, or an offset out of range.
     """
     check_tensor("dequant_fp8: data", data, shape=(None, None), dtype=torch.float8_e4m3fn)
     for name, offset in (("row_offset", row_offset), ("col_offset", col_offset)):
@@ -121,7 +134,7 @@ def dequant_fp8(data: Tensor, scale_u8: Tensor, row_offset: int = 0, col_offset:
         scale_u8,
         shape=(rows, cols),
         dtype=torch.uint8,
-        device=data.device,
+        beside=data,
     )
     out: Tensor = kernel("dequant_fp8", data.device)(data, scale_u8, row_offset, col_offset)
     return out
@@ -136,6 +149,9 @@ def dequant_fp4(packed: Tensor, scale_u8: Tensor) -> Tensor:
 
     Returns:
         float32 [n, k].
+
+    Raises:
+        KernelContractError: wrong shape, dtype or device.
     """
     check_tensor("dequant_fp4: packed", packed, shape=(None, None), dtype=(torch.int8, torch.uint8))
     if packed.shape[1] % (_FP4_BLOCK // 2):
@@ -147,7 +163,7 @@ def dequant_fp4(packed: Tensor, scale_u8: Tensor) -> Tensor:
         scale_u8,
         shape=(packed.shape[0], packed.shape[1] // (_FP4_BLOCK // 2)),
         dtype=torch.uint8,
-        device=packed.device,
+        beside=packed,
     )
     out: Tensor = kernel("dequant_fp4", packed.device)(packed, scale_u8)
     return out
@@ -161,6 +177,9 @@ def pack_fp4(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         ``(packed, scale)``: int8 [.., k / 2] (low nibble = even column), E8M0 bytes [.., k / 32].
+
+    Raises:
+        KernelContractError: wrong shape or dtype, or k no multiple of 32.
     """
     _check_fp4_columns("pack_fp4", x)
     out: tuple[Tensor, Tensor] = kernel("pack_fp4", x.device)(x)
@@ -175,6 +194,9 @@ def quant_fp8_weight(w: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         ``(data, scale)``: e4m3 [n, k] and E8M0 bytes [ceil(n / 128), ceil(k / 128)].
+
+    Raises:
+        KernelContractError: wrong shape or dtype.
     """
     check_tensor("quant_fp8_weight: w", w, shape=(None, None), dtype=_FLOATS)
     out: tuple[Tensor, Tensor] = kernel("quant_fp8_weight", w.device)(w)

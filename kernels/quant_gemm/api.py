@@ -60,7 +60,7 @@ def linear_swiglu_quant(
     _check_product("linear_swiglu_quant", rows, w)
     if not limit > 0:
         raise KernelContractError(f"linear_swiglu_quant: limit: expected a number > 0, got {limit}")
-    _check_out("linear_swiglu_quant", hidden_dtype)
+    _check_out("linear_swiglu_quant", hidden_dtype, "hidden_dtype")
     out: QuantRows = kernel("linear_swiglu_quant", rows.device)(
         rows, w, limit=limit, hidden_dtype=hidden_dtype
     )
@@ -98,14 +98,14 @@ def expert_ffn_quant(
         )
     shape = (experts.num_experts + 1,)
     check_tensor(
-        "expert_ffn_quant: offsets", offsets, shape=shape, dtype=torch.int64, device=rows.device
+        "expert_ffn_quant: offsets", offsets, shape=shape, dtype=torch.int64, beside=rows.q
     )
     check_tensor(
         "expert_ffn_quant: row_weight",
         row_weight,
         shape=(rows.shape[0],),
         dtype=torch.float32,
-        device=rows.device,
+        beside=rows.q,
     )
     if not limit > 0:
         raise KernelContractError(f"expert_ffn_quant: limit: expected a number > 0, got {limit}")
@@ -126,6 +126,6 @@ def _check_product(op: str, rows: QuantRows, w: PreparedWeight) -> None:
         )
 
 
-def _check_out(op: str, dtype: torch.dtype) -> None:
+def _check_out(op: str, dtype: torch.dtype, name: str = "out_dtype") -> None:
     if dtype not in _FLOATS:
-        raise KernelContractError(f"{op}: out_dtype: expected float32 or bfloat16, got {dtype}")
+        raise KernelContractError(f"{op}: {name}: expected float32 or bfloat16, got {dtype}")

@@ -78,7 +78,7 @@ def quant_rows(x: Tensor, *, amax: Tensor | None = None, col_offset: int = 0) ->
         raise KernelContractError(f"quant_rows: col_offset: expected 0..127, got {col_offset}")
     if amax is not None:
         shape = (x.shape[0], num_blocks(x.shape[1], BLOCK, col_offset))
-        check_tensor("quant_rows: amax", amax, shape=shape, dtype=torch.float32, device=x.device)
+        check_tensor("quant_rows: amax", amax, shape=shape, dtype=torch.float32, beside=x)
     out: QuantRows = kernel("quant_rows", x.device)(x, amax=amax, col_offset=col_offset)
     return out
 
@@ -95,9 +95,7 @@ def rms_norm_quant(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Quant
         ``(normed, rows)``: [M, k] in ``x.dtype``, and ``quant_rows(normed)``.
     """
     check_tensor("rms_norm_quant: x", x, shape=(None, None), dtype=_FLOATS)
-    check_tensor(
-        "rms_norm_quant: weight", weight, shape=(x.shape[1],), dtype=_FLOATS, device=x.device
-    )
+    check_tensor("rms_norm_quant: weight", weight, shape=(x.shape[1],), dtype=_FLOATS, beside=x)
     out: tuple[Tensor, QuantRows] = kernel("rms_norm_quant", x.device)(x, weight, eps)
     return out
 
@@ -114,7 +112,7 @@ def swiglu_quant(
         row_weight: float32 [M], multiplied before the cast to ``g.dtype``; None for none.
     """
     check_tensor("swiglu_quant: g", g, shape=(None, None), dtype=_FLOATS)
-    check_tensor("swiglu_quant: u", u, shape=tuple(g.shape), dtype=g.dtype, device=g.device)
+    check_tensor("swiglu_quant: u", u, shape=tuple(g.shape), dtype=g.dtype, beside=g)
     if not limit > 0:
         raise KernelContractError(f"swiglu_quant: limit: expected a number > 0, got {limit}")
     if row_weight is not None:
@@ -123,7 +121,7 @@ def swiglu_quant(
             row_weight,
             shape=(g.shape[0],),
             dtype=torch.float32,
-            device=g.device,
+            beside=g,
         )
     out: QuantRows = kernel("swiglu_quant", g.device)(g, u, limit=limit, row_weight=row_weight)
     return out

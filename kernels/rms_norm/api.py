@@ -19,11 +19,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Returns:
         [.., d] in ``x.dtype``.
+
+    Raises:
+        KernelContractError: wrong shape, dtype or device.
     """
     dtypes = (torch.float32, torch.bfloat16)
     check_tensor("rms_norm: x", x, dtype=dtypes)
     if x.dim() == 0:
         raise KernelContractError("rms_norm: x: expected at least one dimension, got a scalar")
-    check_tensor("rms_norm: weight", weight, shape=(x.shape[-1],), dtype=dtypes, device=x.device)
+    check_tensor("rms_norm: weight", weight, shape=(x.shape[-1],), dtype=dtypes, beside=x)
     out: Tensor = kernel("rms_norm", x.device)(x, weight, eps)
     return out

@@ -26,9 +26,11 @@ def apply_rope(x: Tensor, positions: Tensor, inv_freq: Tensor, inverse: bool = F
         KernelContractError: wrong rank, shape, dtype or device, or r > d.
     """
     if x.dim() not in (2, 3):
-        raise KernelContractError(f"rope: x must be [T, d] or [T, H, d], got shape {list(x.shape)}")
-    check_tensor("rope: x", x, dtype=(torch.float32, torch.bfloat16))
-    check_rope_inputs("rope", x, positions, inv_freq)
+        raise KernelContractError(
+            f"apply_rope: x: expected shape [T, d] or [T, H, d], got {list(x.shape)}"
+        )
+    check_tensor("apply_rope: x", x, dtype=(torch.float32, torch.bfloat16))
+    check_rope_inputs("apply_rope", x, positions, inv_freq)
     result: Tensor = kernel("apply_rope", x.device)(x, positions, inv_freq, inverse)
     return result
 
@@ -39,12 +41,19 @@ def check_rope_inputs(op: str, x: Tensor, positions: Tensor, inv_freq: Tensor) -
     Raises:
         KernelContractError: see ``apply_rope``.
     """
-    check_tensor(
-        f"{op}: positions", positions, shape=(x.shape[0],), dtype=torch.int64, device=x.device
-    )
-    check_tensor(f"{op}: inv_freq", inv_freq, shape=(None,), dtype=torch.float32, device=x.device)
-    if 2 * inv_freq.numel() > x.shape[-1]:
+    check_tensor(f"{op}: positions", positions, shape=(x.shape[0],), dtype=torch.int64, beside=x)
+    check_inv_freq(op, inv_freq, x.shape[-1], x)
+
+
+def check_inv_freq(op: str, inv_freq: Tensor, dim: int, beside: Tensor) -> None:
+    """Check ``inv_freq`` [r/2] against rows of ``dim`` values, beside the op's first tensor.
+
+    Raises:
+        KernelContractError: see ``apply_rope``.
+    """
+    check_tensor(f"{op}: inv_freq", inv_freq, shape=(None,), dtype=torch.float32, beside=beside)
+    if 2 * inv_freq.numel() > dim:
         raise KernelContractError(
             f"{op}: inv_freq has {inv_freq.numel()} values for {2 * inv_freq.numel()} rotary dims,"
-            f" but rows have {x.shape[-1]}"
+            f" but rows have {dim}"
         )

@@ -32,7 +32,7 @@ def _norm(x, eps, D: tl.constexpr, NARROW: tl.constexpr):
     return factor[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions"])
 def _rotate_heads(
     x, out, positions, inv_freq, stride_t, stride_h, eps, H, LOOP,
     D: tl.constexpr, P: tl.constexpr, PAIRS: tl.constexpr, PP: tl.constexpr, BH: tl.constexpr,

@@ -127,8 +127,8 @@ def unpack_rows(received: Tensor, streams: tuple[RowStream, ...]) -> tuple[Tenso
         streams: as given to ``pack_rows``.
 
     Returns:
-        A tensor [stream.buffer_rows, w] of each stream's dtype; it may share memory with ``local``
-        when nothing is added to that.
+        A tensor [stream.buffer_rows, w] of each stream's dtype; it may share memory with ``local`` or
+        ``carried`` when it holds nothing else.
 
     Raises:
         KernelContractError: wrong shape, dtype or device.

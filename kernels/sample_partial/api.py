@@ -102,8 +102,8 @@ def merge_samples(score: Tensor, ids: Tensor, lse: Tensor) -> tuple[Tensor, Tens
     """
     shape = tuple(score.shape)
     check_tensor("merge_samples: score", score, shape=(None, None), dtype=torch.float32)
-    check_tensor("merge_samples: ids", ids, shape=shape, dtype=torch.int64, device=score.device)
-    check_tensor("merge_samples: lse", lse, shape=shape, dtype=score.dtype, device=score.device)
+    check_tensor("merge_samples: ids", ids, shape=shape, dtype=torch.int64, beside=score)
+    check_tensor("merge_samples: lse", lse, shape=shape, dtype=score.dtype, beside=score)
     merged: tuple[Tensor, Tensor] = kernel("merge_samples", score.device)(score, ids, lse)
     return merged
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from kernels import nvcc
 from kernels.page_cache.cuda_pages import is_aligned
-from kernels.qkv_norm_rope.cuda_impl import CLUSTER, LAUNCH
+from kernels.qkv_norm_rope.cuda_impl import CLUSTER
 from kernels.sample_partial.api import PartialSample
 
-_SOURCES = (Path(__file__).parent / "cuda" / "sample.cu", CLUSTER, LAUNCH)
+_SOURCES = (Path(__file__).parent / "cuda" / "sample.cu", CLUSTER)
 _UNIT = 2048  # columns whose exponentials are one sum
 
 

@@ -105,7 +105,7 @@ def sparse_attention(
             window.kv,
             shape=(None, q.shape[2]),
             dtype=q.dtype,
-            device=q.device,
+            beside=q,
         )
         _check_rows("window.start", window.start, q)
         _check_rows("window.length", window.length, q)
@@ -116,7 +116,7 @@ def sparse_attention(
             window.slots,
             shape=(q.shape[0], None),
             dtype=torch.int64,
-            device=q.device,
+            beside=q,
         )
     if entries is not None:
         _check_entries(entries, q)
@@ -126,7 +126,7 @@ def sparse_attention(
             sink,
             shape=(q.shape[1],),
             dtype=torch.float32,
-            device=q.device,
+            beside=q,
         )
     result: tuple[Tensor, Tensor] = kernel("sparse_attention", q.device)(
         q, window, entries, sink=sink, scale=scale
@@ -141,7 +141,7 @@ def _check_entries(entries: EntryPages, q: Tensor) -> None:
         entries.block_table,
         shape=(None, None),
         dtype=torch.int32,
-        device=q.device,
+        beside=q,
     )
     _check_rows("entries.row_seq", entries.row_seq, q)
     _check_rows("entries.num_entries", entries.num_entries, q)
@@ -151,7 +151,7 @@ def _check_entries(entries: EntryPages, q: Tensor) -> None:
             entries.index,
             shape=(q.shape[0], None),
             dtype=torch.int32,
-            device=q.device,
+            beside=q,
         )
 
 
@@ -161,7 +161,7 @@ def _check_rows(name: str, tensor: Tensor, q: Tensor) -> None:
         tensor,
         shape=(q.shape[0],),
         dtype=torch.int64,
-        device=q.device,
+        beside=q,
     )
 
 

@@ -20,10 +20,13 @@ def swiglu(g: Tensor, u: Tensor, *, limit: float, row_weight: Tensor | None = No
 
     Returns:
         [N, I] in ``g.dtype``.
+
+    Raises:
+        KernelContractError: wrong shape, dtype or device, or a limit that is not > 0.
     """
     dtypes = (torch.float32, torch.bfloat16)
     check_tensor("swiglu: g", g, shape=(None, None), dtype=dtypes)
-    check_tensor("swiglu: u", u, shape=tuple(g.shape), dtype=g.dtype, device=g.device)
+    check_tensor("swiglu: u", u, shape=tuple(g.shape), dtype=g.dtype, beside=g)
     if not limit > 0:
         raise KernelContractError(f"swiglu: limit: expected a number > 0, got {limit}")
     if row_weight is not None:
@@ -32,7 +35,7 @@ def swiglu(g: Tensor, u: Tensor, *, limit: float, row_weight: Tensor | None = No
             row_weight,
             shape=(g.shape[0],),
             dtype=torch.float32,
-            device=g.device,
+            beside=g,
         )
     out: Tensor = kernel("swiglu", g.device)(g, u, limit=limit, row_weight=row_weight)
     return out

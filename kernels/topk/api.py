@@ -38,7 +38,7 @@ def topk_select(
                 bound,
                 shape=(scores.shape[0],),
                 dtype=torch.int64,
-                device=scores.device,
+                beside=scores,
             )
     result: Tensor = kernel("topk_select", scores.device)(scores, k, row_start, row_end)
     return result
@@ -64,7 +64,7 @@ def topk_merge(values: Tensor, indices: Tensor, k: int) -> Tensor:
         indices,
         shape=tuple(values.shape),
         dtype=torch.int32,
-        device=values.device,
+        beside=values,
     )
     _check_k("topk_merge", k)
     result: Tensor = kernel("topk_merge", values.device)(values, indices, k)

@@ -16,7 +16,7 @@ from kernels import (
     prepare_experts,
 )
 from model.deepseek_v4.projection import Activations, Projector
-from model.deepseek_v4.shared_expert import SharedExpert
+from model.deepseek_v4.shared_expert import SharedExpert, is_shared_out
 
 if TYPE_CHECKING:
     from kernels import BlockWeight, Numerics
@@ -60,9 +60,7 @@ class MoE:
             return [weights.block(f"{ffn}.experts.{e}.{name}.weight") for e in owned]
 
         self.experts = prepare_experts(expert("w1"), expert("w3"), expert("w2"), keep_fp4=keep_fp4)
-        # Served, the ranks add up their parts of the shared expert too. The exact numerics round
-        # its result first, as the official code does.
-        self.shares = self.projector.fused and experts.adds_up
+        self.shares = is_shared_out(self.projector, experts.adds_up)
         self.shared = SharedExpert(
             weights,
             f"{ffn}.shared_experts",

@@ -63,6 +63,14 @@ class SharedExpert:
         return self.projector.product(hidden, w2, wide_dtype(self.projector.dtype))
 
 
+def is_shared_out(projector: Projector, adds_up: bool) -> bool:
+    """Whether ranks that hold the same rows compute parts of it, where their sums are added up.
+
+    The exact numerics round its result before they add it, as the official code does.
+    """
+    return projector.fused and adds_up
+
+
 def hidden_share(columns: int, world: Group) -> tuple[int, int]:
     """The hidden columns (start, stop) of this rank: whole blocks, shared out evenly; may be none."""
     blocks = -(-columns // _BLOCK)

@@ -59,6 +59,11 @@ class MeshCoord:
         return self.tp_rank * self.cp + self.cp_rank
 
 
+def adds_up(world: int, combine: str) -> bool:
+    """Whether experts' results of replicated rows end in one sum over ranks, with room for parts."""
+    return world > 1 and combine == "fast"
+
+
 # Share of all rows that a rank's experts need, from which on every rank gets all rows (``fast``).
 # Sending everything costs 1/share of the bytes, choosing costs a wait for the host in every layer.
 GATHER_FROM = 0.5

@@ -18,7 +18,7 @@ from kernels import (
     wide_dtype,
     widen,
 )
-from model.parallel.config import GATHER_FROM, share_of_rows
+from model.parallel.config import GATHER_FROM, adds_up, share_of_rows
 from model.parallel.host_read import to_host
 from model.parallel.mesh import ParallelMesh
 from model.parallel.row_bytes import pack_routed, slice_rows, unpack_routed
@@ -43,6 +43,7 @@ class ExpertParallel:
 
     Attributes:
         first_expert, num_local: the experts this rank owns.
+        adds_up: whether replicated rows end in a sum over ranks, to which each may add its parts.
         gather_from: share of all rows that a rank needs, from which on it gets all (``fast``).
     """
 
@@ -61,16 +62,12 @@ class ExpertParallel:
         if combine not in ("fast", "ordered"):
             raise ValueError(f"combine = {combine!r}, allowed: 'fast', 'ordered'")
         self.mesh, self.ordered = mesh, combine == "ordered"
+        self.adds_up = adds_up(mesh.world.size, combine)
         self.num_experts, self.num_local = num_experts, num_experts // mesh.world.size
         self.first_expert = mesh.world.rank * self.num_local
         self.gather_from = GATHER_FROM
         # Never given up: a captured decode step goes on reading the one it saw.
         self._numbers = [torch.arange(0)]
-
-    @property
-    def adds_up(self) -> bool:
-        """Whether replicated rows end in a sum over ranks, to which each may add parts of its own."""
-        return self.mesh.world.size > 1 and not self.ordered
 
     def reads_counts(self, topk: int) -> bool:
         """Whether a context-parallel prefill step of ``topk`` experts a row waits for the host."""

@@ -6,12 +6,10 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -29,9 +27,7 @@ from tests.helpers.cluster_faces import (
     plan,
     wait_gone,
 )
-
-FAKE = "tests.helpers.fake_worker:"
-STORE = "tests.helpers.fake_store"
+from tests.helpers.executor_runs import FAKE, STORE, engine_process, failure, quiet, read_line
 
 Make = Callable[..., LocalExecutor]
 
@@ -53,20 +49,9 @@ def make() -> Iterator[Make]:
     assert not wait_gone(descendants(os.getpid()) - before, 2)
 
 
-def quiet(line: str) -> None:
-    return
-
-
 def ranks() -> list[int]:
     """The rank processes of this test, in rank order (they are started in that order)."""
     return sorted(descendants(os.getpid()))
-
-
-def failure(executor: LocalExecutor, step_id: int) -> tuple[WorkerFailure, float]:
-    begin = time.monotonic()
-    with pytest.raises(WorkerFailure) as error:
-        executor.execute(plan(step_id))
-    return error.value, time.monotonic() - begin
 
 
 def test_start_report_steps_and_shutdown(make: Make) -> None:
@@ -316,22 +301,8 @@ def engine(repo_root: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         root=str(repo_root), worker=f"{FAKE}FakeWorker", store=STORE, logs=tmp_path / "logs"
     )
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", text],
-        cwd=tmp_path,
-        env=env,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    yield process
-    process.kill()
-    process.wait()
-
-
-def read_line(process: subprocess.Popen[str]) -> str:
-    stream: Any = process.stdout
-    return str(stream.readline()).strip()
+    with engine_process(text, tmp_path, env) as process:
+        yield process
 
 
 def test_start_elsewhere_and_ctrl_c(engine: subprocess.Popen[str]) -> None:

@@ -23,9 +23,10 @@ from model.parallel.partition import (
     plan_rows,
     window_wants,
 )
+from tests.helpers.model_setup import Setup, stream
 from tests.helpers.parity_runs import shape_path
 from tests.helpers.ranks import run_ranks
-from tests.helpers.step_driver import Driver, Part, Setup, stream
+from tests.helpers.step_driver import Driver, Part
 
 BASE = Setup(shape=shape_path(), load_mtp=False)
 RATIOS = (0, 4, 128, 4)

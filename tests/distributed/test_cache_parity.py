@@ -13,9 +13,11 @@ from torch import Tensor
 
 from kernels import CacheDtype
 from tests.distributed.test_model_parity import BASE, FOUR, ONE, TWO
+from tests.helpers.cache_contents import merged
+from tests.helpers.model_setup import Setup, stream
 from tests.helpers.parity_runs import mesh, on_ranks, reference
 from tests.helpers.ranks import run_ranks
-from tests.helpers.step_driver import Driver, Part, Setup, merged, stream
+from tests.helpers.step_driver import Driver, Part
 
 TOLERANCE = 1e-4
 GROUPS = {setup: group for group in (ONE, TWO, FOUR) for setup in group}

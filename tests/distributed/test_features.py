@@ -14,9 +14,10 @@ from torch import Tensor
 
 from cluster.retrieval import RetrievalBuilder, RetrievalWords, program_text
 from model.deepseek_v4.projection import Activations
+from tests.helpers.model_setup import Setup, stream
 from tests.helpers.pairwise import pairwise
 from tests.helpers.parity_runs import shape_path
-from tests.helpers.step_driver import Driver, Part, Row, Setup, rows_of, stream
+from tests.helpers.step_driver import Driver, Part, Row, rows_of
 from worker.prefill_builder import PrefillBuilder
 from worker.protocol import PrefillSlice, SamplingParams, SlotInit
 from worker.slots import SlotTable

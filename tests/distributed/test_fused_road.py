@@ -11,8 +11,9 @@ from torch import Tensor
 from kernels import moe_permute, quant_rows
 from model.deepseek_v4 import attention_output, moe, projection
 from model.parallel.row_bytes import pack_routed, slice_rows, unpack_routed
+from tests.helpers.model_setup import Setup, stream
 from tests.helpers.parity_runs import shape_path
-from tests.helpers.step_driver import Driver, Part, Row, Setup, rows_of, stream
+from tests.helpers.step_driver import Driver, Part, Row, rows_of
 
 BASE = Setup(shape=shape_path(), numerics="release", load_mtp=True)
 

@@ -12,6 +12,7 @@ from collections import Counter
 import pytest
 from torch import Tensor
 
+from tests.helpers.model_setup import Setup
 from tests.helpers.parity_runs import (
     CHUNKS,
     TOGETHER,
@@ -21,7 +22,6 @@ from tests.helpers.parity_runs import (
     reference,
     shape_path,
 )
-from tests.helpers.step_driver import Setup
 
 BASE = Setup(shape=shape_path())
 NARROW = Setup(shape=shape_path(o_groups=2))  # groups do not divide by 4 ranks: decode uses tp only

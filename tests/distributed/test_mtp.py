@@ -15,18 +15,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from tests.helpers.cache_contents import merged
+from tests.helpers.model_setup import Setup, stream
 from tests.helpers.parity_runs import shape_path
 from tests.helpers.ranks import run_ranks
-from tests.helpers.step_driver import (
-    Driver,
-    Part,
-    Request,
-    Row,
-    Setup,
-    merged,
-    rows_of,
-    stream,
-)
+from tests.helpers.step_driver import Driver, Part, Request, Row, rows_of
 from worker.protocol import SamplingParams
 
 BASE = Setup(shape=shape_path(), load_mtp=False)

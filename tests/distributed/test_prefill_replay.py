@@ -11,10 +11,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from tests.helpers.model_setup import Setup, stream
 from tests.helpers.parity_runs import shape_path
 from tests.helpers.ranks import run_ranks
 from tests.helpers.replay import FakeRecorder
-from tests.helpers.step_driver import Driver, Part, Setup, rows_of, stream
+from tests.helpers.step_driver import Driver, Part, rows_of
 from worker.prefill_graph import PrefillGraphs
 
 CHUNK, CHUNKS, PROMPTS = 256, 5, 2

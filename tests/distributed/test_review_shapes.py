@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 from torch import Tensor
 
+from tests.helpers.model_setup import Setup, stream
 from tests.helpers.parity_runs import shape_path
 from tests.helpers.ranks import run_ranks
-from tests.helpers.step_driver import Driver, Part, Row, Setup, rows_of, stream
+from tests.helpers.step_driver import Driver, Part, Row, rows_of
 
 VOCAB = 9  # over 4 ranks: 3, 3, 3 and 0 rows of the head
 SHAPE = shape_path(

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from kernels import load_entries
+from tests.helpers.model_setup import Setup, stream
 from tests.helpers.parity_runs import shape_path
-from tests.helpers.step_driver import Driver, Part, Request, Row, Setup, rows_of, stream
+from tests.helpers.step_driver import Driver, Part, Request, Row, rows_of
 
 BASE = Setup(shape=shape_path(), load_mtp=False, slots=2)
 TOLERANCE = 1e-4

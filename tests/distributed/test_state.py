@@ -12,17 +12,10 @@ from torch import Tensor
 
 from model.deepseek_v4 import attention, model, mtp, projection
 from model.forward_batch import DecodeBatch
+from tests.helpers.cache_contents import poison_slot
+from tests.helpers.model_setup import Setup, stream
 from tests.helpers.parity_runs import shape_path
-from tests.helpers.step_driver import (
-    Driver,
-    Part,
-    Request,
-    Row,
-    Setup,
-    poison_slot,
-    rows_of,
-    stream,
-)
+from tests.helpers.step_driver import Driver, Part, Request, Row, rows_of
 from worker.decode_builder import DecodeBuilder, DecodeRows, PaddedShape
 from worker.metadata_buffers import MetadataBuffers, aligned_bytes
 

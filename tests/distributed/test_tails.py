@@ -13,19 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.cache_contents import merged, poison_slot
+from tests.helpers.model_setup import Setup, stream
 from tests.helpers.parity_runs import shape_path
 from tests.helpers.ranks import run_ranks
-from tests.helpers.step_driver import (
-    Driver,
-    Part,
-    Request,
-    Row,
-    Setup,
-    merged,
-    poison_slot,
-    rows_of,
-    stream,
-)
+from tests.helpers.step_driver import Driver, Part, Request, Row, rows_of
 
 BASE = Setup(shape=shape_path(), load_mtp=False)
 TOLERANCE = 1e-4

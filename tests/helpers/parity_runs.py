@@ -14,17 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
+from tests.helpers.model_setup import Setup, stream, write_shape
 from tests.helpers.ranks import run_ranks
-from tests.helpers.step_driver import (
-    Driver,
-    Part,
-    Request,
-    Row,
-    Setup,
-    rows_of,
-    stream,
-    write_shape,
-)
+from tests.helpers.step_driver import Driver, Part, Request, Row, rows_of
 
 LONGEST = 648
 

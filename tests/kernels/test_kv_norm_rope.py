@@ -19,8 +19,10 @@ from tests.kernels.oracle64 import (
 EPS = 1e-6
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("weight_dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype"),
+    [(d, w) for d in DTYPES for w in DTYPES if w in (torch.float32, torch.bfloat16, d)],
+)
 @pytest.mark.parametrize("dim", [128, 512])
 def test_against_fp64(dtype: torch.dtype, weight_dtype: torch.dtype, dim: int) -> None:
     # A wide range: only values far below their block's maximum show how long a block is.

@@ -172,6 +172,41 @@ def test_ties_extremes_and_ids_outside_the_table() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [41, 164])  # one launch, and two
+@pytest.mark.parametrize("gate", GATES, ids=["cuda", "triton"])
+def test_weights_of_logits_from_minus_to_plus_200(
+    gate: Implementation, tokens: int, dtype: torch.dtype
+) -> None:
+    """One feature, so a logit is exact: every row has other levels (sglang 34459)."""
+    x = torch.zeros(tokens, 4096)
+    x[:, 5] = torch.linspace(-200, 200, tokens)
+    weight = torch.zeros(256, 4096)
+    weight[:, 5] = torch.linspace(-1, 1, 256)
+    x, weight = x.to(dtype), weight.to(dtype)
+    ids, w = gate.moe_gate(there(x), there(weight), k=6, route_scale=1.5)
+    want_ids, want = gate_reference.moe_gate(x.double(), weight.double(), k=6, route_scale=1.5)
+    assert torch.equal(ids.cpu(), want_ids)
+    assert_near(w, want.float(), bound=3e-6)
+
+
+@pytest.mark.parametrize("gate", GATES, ids=["cuda", "triton"])
+@pytest.mark.parametrize("tokens", [9, 90])
+def test_experts_of_a_poisoned_row_exist(gate: Implementation, tokens: int) -> None:
+    """Padding may hold anything; what it routes to must lie in the table of experts (vllm 50844)."""
+    x = torch.randn(tokens, 4096)
+    x[::3] = torch.nan
+    x[1::3, 7] = torch.inf
+    weight = torch.randn(256, 4096)
+    for dtype in DTYPES:
+        rows, matrix = there((x.to(dtype), weight.to(dtype)))
+        ids, w = gate.moe_gate(rows, matrix, k=6, route_scale=1.5, bias=there(torch.randn(256)))
+        assert bool(((ids >= 0) & (ids < 256)).all())
+        assert bool((ids[:, 1:] > ids[:, :-1]).all())
+        assert bool(w[::3].isnan().all())
+        assert bool(w[2::3].isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("tokens", "k", "experts", "first", "local"),
     [

@@ -160,6 +160,22 @@ def test_zero_rows_and_zero_vectors() -> None:
         )
 
 
+@pytest.mark.parametrize("kind", [EntryKind.LATENT, EntryKind.INDEX])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_number_is_not_stored_as_one(kind: EntryKind, value: float) -> None:
+    make = latent_layout if kind is EntryKind.LATENT else index_layout
+    layout = make(CacheDtype.FP8, 128, 4)
+    rows = torch.randn(2, 128)
+    rows[1, 5] = value
+    pool, slots = poisoned_pool(layout, 1), torch.tensor([2, 0])
+    store_entries(pool, layout, slots, rows)
+    for got in (load_entries(pool, layout, slots, torch.float32), round_entries(rows, layout)):
+        assert got[0].isfinite().all()
+        # The whole block: the values of all 64 columns, of an index entry all of them, share a scale.
+        assert got[1, :64].isnan().all()
+        assert got[1, 64:].isnan().all() == (kind is EntryKind.INDEX)
+
+
 @pytest.mark.parametrize("cache", CACHE_DTYPES)
 def test_missing_slots(cache: CacheDtype) -> None:
     """-1 stores nothing and loads zeros, even where slot 0 holds NaN."""

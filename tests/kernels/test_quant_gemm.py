@@ -84,7 +84,7 @@ def test_contract_errors() -> None:
         linear_swiglu_quant(rows, w.rows(0, 127), limit=1.0, hidden_dtype=torch.float32)
     with pytest.raises(KernelContractError, match="linear_swiglu_quant: limit"):
         linear_swiglu_quant(rows, w, limit=0.0, hidden_dtype=torch.float32)
-    with pytest.raises(KernelContractError, match="linear_swiglu_quant: out_dtype"):
+    with pytest.raises(KernelContractError, match="linear_swiglu_quant: hidden_dtype"):
         linear_swiglu_quant(rows, w, limit=1.0, hidden_dtype=torch.float16)
     with pytest.raises(KernelContractError, match="out_dtype"):
         linear_quant(rows, w, out_dtype=torch.float16)

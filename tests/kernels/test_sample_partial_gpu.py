@@ -14,6 +14,7 @@ from tests.helpers.strided import column_slice
 
 pytestmark = pytest.mark.gpu
 impl = Implementation("kernels.sample_partial.cuda_impl")
+merging = Implementation("kernels.sample_partial.triton_impl")
 
 
 def same(got: PartialSample, want: PartialSample) -> None:
@@ -107,3 +108,29 @@ def test_no_rows() -> None:
         vocab_size=8,
     )
     assert part.ids.shape == (0,)
+
+
+@pytest.mark.parametrize(("ranks", "rows"), [(1, 1), (2, 32), (4, 65), (3, 0), (8, 70_001)])
+def test_merge_is_the_twins(ranks: int, rows: int) -> None:
+    """Against float64 sums; equal scores on several ranks go to the first."""
+    score = torch.randn(ranks, rows, device=DEVICE).round(decimals=1)
+    ids = torch.randint(0, 1 << 40, (ranks, rows), device=DEVICE)
+    lse = torch.randn(ranks, rows, device=DEVICE) * 20
+    got_ids, got = merging.merge_samples(score, ids, lse)
+    want_ids, want = reference.merge_samples(score, ids, lse.double())
+    assert torch.equal(got_ids, want_ids)
+    assert torch.allclose(got.double(), want, rtol=1e-6, atol=1e-6)
+    if rows:
+        columns = [t[:, rows // 2 : rows // 2 + 1] for t in (score, ids, lse)]  # rows with a stride
+        assert torch.equal(merging.merge_samples(*columns)[1][0], got[rows // 2])
+
+
+def test_merge_of_rows_that_cannot_be_sampled_from() -> None:
+    lse = torch.zeros(3, 5, device=DEVICE)
+    lse[1, 0], lse[2, 1], lse[:, 2] = float("nan"), float("inf"), float("-inf")
+    lse[0, 3] = float("-inf")  # a rank without a token; the row is fine
+    score, ids = lse.clone(), torch.arange(15, device=DEVICE).view(3, 5)
+    found, total = merging.merge_samples(score, ids, lse)
+    assert total.isfinite().tolist() == [False, False, False, True, True]
+    assert found[2:].tolist() == [2, 8, 4]
+    assert torch.equal(found[2:], reference.merge_samples(score, ids, lse)[0][2:])

@@ -6,12 +6,10 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
@@ -28,11 +26,10 @@ from tests.helpers.cluster_faces import (
     plan,
     wait_gone,
 )
+from tests.helpers.executor_runs import FAKE, STORE, engine_process, failure, quiet, read_line
 
 pytestmark = pytest.mark.ray
 
-FAKE = "tests.helpers.fake_worker:"
-STORE = "tests.helpers.fake_store"
 
 Make = Callable[..., RayExecutor]
 
@@ -74,10 +71,6 @@ def make(shared_ray: RayRuntime) -> Iterator[Make]:
     assert shared_ray.free("CPU") == 4
 
 
-def quiet(line: str) -> None:
-    return
-
-
 def actors() -> set[int]:
     """Processes that are ranks."""
     return actors_below(os.getpid())
@@ -104,13 +97,6 @@ def pid_of(rank: int, folder: Path) -> int:
 def pids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], int]:
     monkeypatch.setenv("GLOO_TEST_PID_DIR", str(tmp_path))  # GLOO_ variables reach the ranks
     return lambda rank: pid_of(rank, tmp_path)
-
-
-def failure(executor: RayExecutor, step_id: int) -> tuple[WorkerFailure, float]:
-    begin = time.monotonic()
-    with pytest.raises(WorkerFailure) as error:
-        executor.execute(plan(step_id))
-    return error.value, time.monotonic() - begin
 
 
 def test_steps_and_a_killed_rank(
@@ -217,23 +203,9 @@ def engine(repo_root: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     temp = tempfile.mkdtemp(prefix="cw", dir="/tmp")  # short: Ray keeps sockets in it
     text = SCRIPT.format(root=str(repo_root), worker=f"{FAKE}FakeWorker", store=STORE, temp=temp)
     env = {n: v for n, v in os.environ.items() if n != "PYTHONPATH" and not n.startswith("RAY_")}
-    process = subprocess.Popen(
-        [sys.executable, "-c", text],
-        cwd=tmp_path,
-        env=env,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    yield process
-    process.kill()
-    process.wait()
+    with engine_process(text, tmp_path, env) as process:
+        yield process
     shutil.rmtree(temp, ignore_errors=True)
-
-
-def read_line(process: subprocess.Popen[str]) -> str:
-    stream: Any = process.stdout
-    return str(stream.readline()).strip()
 
 
 def test_nothing_is_left_of_a_ray_of_our_own(engine: subprocess.Popen[str]) -> None:

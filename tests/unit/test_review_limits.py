@@ -12,7 +12,7 @@ from model.cache_spec import CacheSpec
 from model.deepseek_v4.config import DeepSeekV4Config
 from model.errors import CapacityError, CheckpointError
 from model.parallel.config import ParallelConfig
-from tests.helpers.step_driver import SHAPE
+from tests.helpers.model_setup import SHAPE
 from worker.cache_size import size_cache
 from worker.config import KVCacheConfig, ModelSource, WorkerConfig
 

@@ -1,6 +1,5 @@
 // Entries pooled from rows that an index names: the chunk form of the compressor, one launch.
 #include <algorithm>
-#include <type_traits>
 
 #include "../../compress_decode/cuda/pooling.cuh"
 
@@ -123,11 +122,11 @@ __global__ void __launch_bounds__(32 * kIndexWarps, 4) index4_kernel(const __gri
   }
 }
 
-template <class P>
+template <int D>
 struct ChunkSource {
   const Chunk& a;
 
-  __device__ __forceinline__ void load(int64_t entry, const PartOf<P>& mine, Pool128Share<P>& share,
+  __device__ __forceinline__ void load(int64_t entry, const PartOf<D>& mine, Pool128Share& share,
                                        float (&g)[8][4]) const {
     const int64_t* index = a.row_index + entry * a.index_stride + mine.first;
     int64_t row[8];
@@ -135,77 +134,62 @@ struct ChunkSource {
     for (int i = 0; i < 8; ++i) row[i] = index[2 * i];
 #pragma unroll
     for (int i = 0; i < 8; ++i)
-      bring_row(share, i, a.rows + row[i] * a.row_stride + mine.col, row[i] >= 0, g[i]);
+      bring_row<D>(share, i, a.rows + row[i] * a.row_stride + mine.col, row[i] >= 0, g[i]);
   }
-  __device__ void complete(const PartOf<P>&, const Pool128Share<P>&, float (&)[8][4]) const {}
+  __device__ void complete(const PartOf<D>&, const Pool128Share&, float (&)[8][4]) const {}
   __device__ int64_t position(int64_t entry) const { return a.positions[entry]; }
   __device__ int64_t slot(int64_t entry) const { return slot_of(a, entry); }
 };
 
 // ONE: a cluster makes one entry only.
-template <int D, bool ONE>
-using Pooled = std::conditional_t<ONE, PoolOne<D>, Pool128<D, 8>>;
-
 template <int D, class T, bool ONE>
-__global__ void __launch_bounds__(Pooled<D, ONE>::kThreads, ONE ? 2 : 3)
+__global__ void __launch_bounds__(kPool128Threads, ONE ? 4 : 3)
     main128_kernel(const __grid_constant__ Chunk a) {
-  using P = Pooled<D, ONE>;
-  extern __shared__ __align__(16) unsigned char memory[];
-  int rank = blockIdx.x % P::kBlocks;
-  int64_t first = blockIdx.x / P::kBlocks, step = gridDim.x / P::kBlocks;
+  constexpr int kBlocks = D / 64, kRows = kBlockRows<D>;
+  int rank = blockIdx.x % kBlocks;
+  int64_t first = blockIdx.x / kBlocks, step = gridDim.x / kBlocks;
   ask_for_entries(a, first);
-  if (threadIdx.x < P::kRows / 16)
-    ask_for(a.row_index + first * a.index_stride + rank * P::kRows + threadIdx.x * 16);
+  if (threadIdx.x < kRows / 16)
+    ask_for(a.row_index + first * a.index_stride + rank * kRows + threadIdx.x * 16);
   await_inputs();
-  Pool128Share<P>& share = *reinterpret_cast<Pool128Share<P>*>(memory);
-  pool128_entries<P, T>(ChunkSource<P>{a}, share, a.finish, rank, first, ONE ? first + 1 : a.entries,
+  __shared__ Pool128Share share;
+  pool128_entries<D, T>(ChunkSource<D>{a}, share, a.finish, rank, first, ONE ? first + 1 : a.entries,
                         ONE ? 1 : step);
 }
 
 // How many clusters of main128_kernel the machine holds: more of them would wait for the first to end.
-// Negative: a CUDA error.
 template <int D, class T, bool ONE>
 int clusters_at_once() {
-  using P = Pooled<D, ONE>;
-  const auto kernel = main128_kernel<D, T, ONE>;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(P::kBlocks);
-  config.blockDim = dim3(P::kThreads);
-  config.dynamicSmemBytes = sizeof(Pool128Share<P>);
-  cudaError_t code =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)config.dynamicSmemBytes);
+  config.gridDim = dim3(D / 64);
+  config.blockDim = dim3(kPool128Threads);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {P::kBlocks, 1, 1};
+  attribute.val.clusterDim = {D / 64, 1, 1};
   config.attrs = &attribute;
   config.numAttrs = 1;
   int count = 0;
-  if (code == cudaSuccess) code = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
-  return code == cudaSuccess ? std::max(count, 1) : -(int)code;
-}
-
-template <int D, class T, bool ONE>
-int main128_entries(const Chunk& a, int64_t clusters, cudaStream_t stream) {
-  using P = Pooled<D, ONE>;
-  return launch_blocks(main128_kernel<D, T, ONE>, clusters * P::kBlocks, 1, P::kThreads, P::kBlocks, a,
-                       stream, sizeof(Pool128Share<P>), true);
+  cudaOccupancyMaxActiveClusters(&count, main128_kernel<D, T, ONE>, &config);
+  return std::max(count, 1);
 }
 
 template <int D, class T>
 int main_entries(const Chunk& a, int ratio, cudaStream_t stream) {
-  if (ratio == 4) return launch_blocks(main4_kernel<D, T>, a.entries, 1, D / 4, 1, a, stream);
+  if (ratio == 4) return EarlyLaunch{a.entries, D / 4, stream}.start(main4_kernel<D, T>, a);
   static const int single = clusters_at_once<D, T, true>(), most = clusters_at_once<D, T, false>();
-  if (single < 0 || most < 0) return -std::min(single, most);
-  if (a.entries <= single) return main128_entries<D, T, true>(a, a.entries, stream);
+  if (a.entries <= single)
+    return EarlyLaunch{a.entries * (D / 64), kPool128Threads, stream, 0, D / 64, true}.start(
+        main128_kernel<D, T, true>, a);
   // As many entries for each.
   int64_t turns = (a.entries + most - 1) / most, clusters = (a.entries + turns - 1) / turns;
-  return main128_entries<D, T, false>(a, clusters, stream);
+  return EarlyLaunch{clusters * (D / 64), kPool128Threads, stream, 0, D / 64, true}.start(
+      main128_kernel<D, T, false>, a);
 }
 
 template <int D, class T>
 int index_entries(const Chunk& a, cudaStream_t stream) {
   int64_t blocks = std::min<int64_t>(a.entries, kIndexBlocks);
-  return launch_blocks(index4_kernel<D, T>, blocks, 1, 32 * kIndexWarps, 1, a, stream);
+  return EarlyLaunch{blocks, 32 * kIndexWarps, stream}.start(index4_kernel<D, T>, a);
 }
 
 template <class T>

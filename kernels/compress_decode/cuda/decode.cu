@@ -181,31 +181,31 @@ __global__ void __launch_bounds__(D / 4) step4_kernel(const __grid_constant__ De
 
 // Row t's entry for pool128_entries, which also keeps row t: threads whose last row is that one have it
 // and its ape in shared memory, u where pooling expects it: neither the ring's rows nor pooling waits.
-template <class P>
+template <int D>
 struct StepSource {
-  StepRows<P::kDim, 1, 128> rows;
+  StepRows<D, 1, 128> rows;
   const float4 *own_g, *own_ape;
   int64_t place;        // page slot
   bool keeps;
 
-  __device__ __forceinline__ void load(int64_t, const PartOf<P>& mine, Pool128Share<P>& share,
+  __device__ __forceinline__ void load(int64_t, const PartOf<D>& mine, Pool128Share& share,
                                        float (&g)[8][4]) const {
     if (rows.plain()) {
 #pragma unroll
       for (int i = 0; i < 8; ++i)
         if (i < 7 || !keeps)
-          bring_row(share, i, rows.template address<true>(mine.first + 2 * i), true, g[i]);
+          bring_row<D>(share, i, rows.template address<true>(mine.first + 2 * i), true, g[i]);
     } else {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         int j = mine.first + 2 * i;
         if (i < 7 || !keeps)
-          bring_row(share, i, rows.template address<false>(j), rows.exists(j), g[i]);
+          bring_row<D>(share, i, rows.template address<false>(j), rows.exists(j), g[i]);
       }
     }
   }
   // Behind the wait for all rows.
-  __device__ __forceinline__ void complete(const PartOf<P>& mine, const Pool128Share<P>& share,
+  __device__ __forceinline__ void complete(const PartOf<D>& mine, const Pool128Share& share,
                                            float (&g)[8][4]) const {
     if (keeps) {
       float u[4];
@@ -215,7 +215,7 @@ struct StepSource {
       float* to = rows.a.state + (rows.base + rows.at) * rows.a.state_stride;
       to += rows.part.column + rows.col;
       store_values(to, u);
-      store_values(to + P::kDim, g[7]);
+      store_values(to + D, g[7]);
     }
     if (rows.before > 0) {
 #pragma unroll
@@ -229,33 +229,26 @@ struct StepSource {
   __device__ int64_t slot(int64_t) const { return place; }
 };
 
-template <class P>
-struct StepShare {
-  Pool128Share<P> pool;
-  float4 own_rest[2][16 * P::kSections];  // g and ape of row t
-};
-
-// A cluster of blocks per row; room for a following launch beside it.
+// A cluster of D / 64 blocks per row.
 template <int D, class T>
-__global__ void __launch_bounds__(PoolOne<D>::kThreads, 2) step128_kernel(const __grid_constant__ Decode a) {
-  using P = PoolOne<D>;
-  extern __shared__ __align__(16) unsigned char memory[];
-  StepShare<P>& step = *reinterpret_cast<StepShare<P>*>(memory);
-  Pool128Share<P>& share = step.pool;
+__global__ void __launch_bounds__(kPool128Threads, 4) step128_kernel(const __grid_constant__ Decode a) {
+  __shared__ Pool128Share share;
+  __shared__ float4 own_rest[2][kPool128Threads / 2];  // g and ape of row t
+  constexpr int kBlocks = D / 64;
   const Part& part = a.parts[0];
-  int64_t t = blockIdx.x / P::kBlocks;
-  int rank = blockIdx.x % P::kBlocks;
-  const PartOf<P> mine(rank);
+  int64_t t = blockIdx.x / kBlocks;
+  int rank = blockIdx.x % kBlocks;
+  const PartOf<D> mine(rank);
   bool keeps = mine.first + 14 == 127;
-  ask_for_step(a, part, t, rank * 64 * P::kJoins);
+  ask_for_step(a, part, t, rank * 64);
   if (keeps) ask_for(part.ape + 127 * D + mine.col);
-  int held = mine.section * 16 + threadIdx.x % 16;  // one half of a warp of the last part keeps row t
+  int held = threadIdx.x / 32 * 16 + threadIdx.x % 16;  // one of a warp's halves keeps row t
   await_inputs();
   if (keeps) {
     const float* own = a.rows + t * a.row_stride + part.column + mine.col;
     stream_quad_async(&share.u[7][threadIdx.x], own);
-    stream_quad_async(&step.own_rest[0][held], own + D);
-    stream_quad_async(&step.own_rest[1][held], part.ape + 127 * D + mine.col);
+    stream_quad_async(&own_rest[0][held], own + D);
+    stream_quad_async(&own_rest[1][held], part.ape + 127 * D + mine.col);
   }
   int64_t base = a.base[t], last = a.positions[t], slot = part.slots[t];
   int before = rows_before(a.seq, t, 127);
@@ -270,30 +263,28 @@ __global__ void __launch_bounds__(PoolOne<D>::kThreads, 2) step128_kernel(const 
     Quad own;
     copies_wait_all();
     load_values((const float*)&share.u[7][threadIdx.x], own.u);
-    load_values((const float*)&step.own_rest[0][held], own.g);
+    load_values((const float*)&own_rest[0][held], own.g);
     add_ape(own.g, part.ape + place * D + mine.col);
     put_quad<D, 1>(own, a.state + (base + at) * a.state_stride + part.column, 0, mine.col);
     return;
   }
-  StepSource<P> source{{a, part, t, last, base, at, before, mine.col},
-                       &step.own_rest[0][held],
-                       &step.own_rest[1][held],
+  StepSource<D> source{{a, part, t, last, base, at, before, mine.col},
+                       &own_rest[0][held],
+                       &own_rest[1][held],
                        slot,
                        keeps};
-  pool128_entries<P, T>(source, share, part.finish, rank, t, t + 1, 1);
+  pool128_entries<D, T>(source, share, part.finish, rank, t, t + 1, 1);
 }
 
 template <int D, int DI, class T>
 int launch(const Decode& a, int parts, int ratio, cudaStream_t stream) {
-  if (ratio == 4)
-    return launch_blocks(step4_kernel<D, DI, T>, a.tokens, parts, D / 4, 1, a, stream);
-  using P = PoolOne<D>;
-  constexpr int kBytes = sizeof(StepShare<P>);
-  static const cudaError_t allowed = cudaFuncSetAttribute(
-      step128_kernel<D, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (allowed != cudaSuccess) return (int)allowed;
-  return launch_blocks(step128_kernel<D, T>, a.tokens * P::kBlocks, 1, P::kThreads, P::kBlocks, a, stream,
-                       kBytes, true);
+  if (ratio == 4) {
+    EarlyLaunch steps{a.tokens, D / 4, stream};
+    steps.y = parts;
+    return steps.start(step4_kernel<D, DI, T>, a);
+  }
+  return EarlyLaunch{a.tokens * (D / 64), kPool128Threads, stream, 0, D / 64, true}.start(
+      step128_kernel<D, T>, a);
 }
 
 template <class T>

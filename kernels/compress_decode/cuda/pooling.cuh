@@ -6,8 +6,8 @@
 #pragma once
 #include "../../qkv_norm_rope/cuda/cluster.cuh"
 #include "../../qkv_norm_rope/cuda/latents.cuh"
-#include "../../qkv_norm_rope/cuda/launch.cuh"
 #include "../../qkv_norm_rope/cuda/row_math.cuh"
+#include "launch.cuh"
 
 namespace causeway {
 
@@ -88,48 +88,34 @@ __device__ __forceinline__ void pool8(const Quad (&q)[8], float (&x)[4]) {
       x);
 }
 
-// ---- entries of 128 rows: a cluster of blocks ---------------------------------------------------
+// ---- entries of 128 rows: a cluster of D / 64 blocks -------------------------------------------
 //
-// A block reads whole rows, which mostly lie side by side; a warp pools 64 channels (a section) of 16 rows
-// (a part), two rows at once in its halves. Parts go to the block that joins those of their section. Which
-// warp of which block pools and joins changes no bit.
+// A block reads whole rows, which mostly lie side by side; a warp pools 64 channels of 16 rows (a part),
+// two rows at once in its halves. Parts go to the block that joins them for its 64 channels.
 
-constexpr int kPartRows = 16, kRowParts = 128 / kPartRows;
+constexpr int kPool128Threads = 256, kPartRows = 16, kRowParts = 128 / kPartRows;
 
-// An entry of D channels in blocks of WARPS warps.
-template <int D, int WARPS>
-struct Pool128 {
-  static constexpr int kDim = D, kThreads = 32 * WARPS;
-  static constexpr int kSections = D / 64;
-  static constexpr int kParts = WARPS / kSections;      // of a block, all sections of each
-  static constexpr int kBlocks = kRowParts / kParts;    // of a cluster
-  static constexpr int kJoins = kSections / kBlocks;    // sections that a block joins, a warp each
-  static constexpr int kRows = kParts * kPartRows;      // of a block
-};
-
-// Where each cluster makes one entry: as few blocks as leave room for a following launch beside them, since a
-// processor should have one of them each.
 template <int D>
-using PoolOne = Pool128<D, D == 512 ? 16 : 8>;
+constexpr int kBlockRows = 128 * 64 / D;
 
 // What a thread pools: rows first + 2 i for i < 8, channels col .. col + 3.
-template <class P>
+template <int D>
 struct PartOf {
+  static constexpr int kBlocks = D / 64;  // of a cluster; as many warps of a block have the same rows
   int section, part, first, col;
 
   __device__ explicit PartOf(int rank) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    section = warp % P::kSections, part = rank * P::kParts + warp / P::kSections;
+    section = warp % kBlocks, part = rank * (8 / kBlocks) + warp / kBlocks;
     first = part * kPartRows + lane / 16, col = section * 64 + lane % 16 * 4;
   }
 };
 
-// g waits in registers and u in shared memory, so that a following launch finds room on the processor.
-template <class P>
+// g waits in registers and u in shared memory, so that three blocks fit a processor.
 struct Pool128Share {
-  float4 u[8][P::kThreads];
-  float parts[3][kRowParts][64 * P::kJoins];  // top, total, sum of this block's channels
-  float squares[P::kSections];
+  float4 u[8][kPool128Threads];
+  float parts[3][kRowParts][64];  // top, total, sum of this block's channels
+  float squares[8];
   uint64_t parts_mail, squares_mail;
 };
 // Four channels that are read once, to registers and to shared memory.
@@ -144,13 +130,13 @@ __device__ __forceinline__ void stream_quad_async(float4* to, const float* from)
                : "memory");
 }
 // Row i of a thread: `row` points to its channels of u.
-template <class P>
-__device__ __forceinline__ void bring_row(Pool128Share<P>& share, int i, const float* row, bool there,
+template <int D>
+__device__ __forceinline__ void bring_row(Pool128Share& share, int i, const float* row, bool there,
                                           float (&g)[4]) {
 #pragma unroll
   for (int c = 0; c < 4; ++c) g[c] = kNegInf;
   if (there) {
-    stream_quad(row + P::kDim, g);
+    stream_quad(row + D, g);
     stream_quad_async(&share.u[i][threadIdx.x], row);
   } else {
     share.u[i][threadIdx.x] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -162,9 +148,9 @@ struct Part128 {
 };
 
 // The part of a warp; both halves get it.
-template <class P, class Source>
-__device__ __forceinline__ Part128 pool_part(const Source& source, const PartOf<P>& mine,
-                                             const Pool128Share<P>& share, float (&g)[8][4]) {
+template <int D, class Source>
+__device__ __forceinline__ Part128 pool_part(const Source& source, const PartOf<D>& mine,
+                                             const Pool128Share& share, float (&g)[8][4]) {
   Part128 p;
   float top[4];
   copies_wait_all();  // each thread reads what it copied
@@ -197,11 +183,9 @@ __device__ __forceinline__ Part128 pool_part(const Source& source, const PartOf<
 }
 
 // To the block of these channels: one half of the warp sends the sums, the other the rest.
-template <class P>
-__device__ __forceinline__ void send_part(Pool128Share<P>& share, const PartOf<P>& mine, const Part128& p) {
+__device__ __forceinline__ void send_part(Pool128Share& share, int part, int rank, const Part128& p) {
   bool second = threadIdx.x % 32 >= 16;
-  int rank = mine.section / P::kJoins, part = mine.part;
-  int col = mine.section % P::kJoins * 64 + threadIdx.x % 16 * 4;
+  int col = threadIdx.x % 16 * 4;
   float v[4];
 #pragma unroll
   for (int c = 0; c < 4; ++c) v[c] = second ? p.sum[c] : p.total[c];
@@ -209,12 +193,10 @@ __device__ __forceinline__ void send_part(Pool128Share<P>& share, const PartOf<P
   if (!second) mail_send4(&share.parts[0][part][col], &share.parts_mail, rank, p.top);
 }
 
-// Joins the parts of a section, the block's number `join`: the lanes of a warp get four channels each, its two
-// halves the same.
-template <class P>
-__device__ __forceinline__ void join_parts(const Pool128Share<P>& share, int join, float (&x)[4]) {
+// Joins the parts of 64 channels: the lanes of a warp get four channels each, its two halves the same.
+__device__ __forceinline__ void join_parts(const Pool128Share& share, float (&x)[4]) {
   constexpr int kHalf = kRowParts / 2;
-  int col = join * 64 + threadIdx.x % 16 * 4, first = threadIdx.x % 32 / 16 * kHalf;
+  int col = threadIdx.x % 16 * 4, first = threadIdx.x % 32 / 16 * kHalf;
   float tops[kHalf][4], top[4], total[4], sum[4];
 #pragma unroll
   for (int p = 0; p < kHalf; ++p) load_values(&share.parts[0][first + p][col], tops[p]);
@@ -374,7 +356,7 @@ __device__ __forceinline__ void finish_main_block(float (&x)[4], const Ending& e
   finish_main<T>(x, total, col, D, end, f, at, slot >= 0, entry, true);
 }
 
-// What a lane of a warp that joins keeps for the end of an entry, out of its registers.
+// What a lane of warp 0 keeps for the end of an entry, out of its registers.
 struct Waiting {
   Ending end;
   Place at;
@@ -385,55 +367,54 @@ struct Waiting {
 // `rank` of its cluster, and all blocks of the cluster having the same entries. The next entry's rows are
 // read while this one is finished. `source.load(entry, mine, share, g)` brings them; when they are there,
 // `source.complete(mine, share, g)` may still change them.
-template <class P, class T, class Source>
-__device__ __forceinline__ void pool128_entries(const Source& source, Pool128Share<P>& share,
+template <int D, class T, class Source>
+__device__ __forceinline__ void pool128_entries(const Source& source, Pool128Share& share,
                                                 const Finish& f, int rank, int64_t first, int64_t end,
                                                 int64_t step) {
-  constexpr int kFinished = 1;
-  __shared__ Waiting waiting[32 * P::kJoins];
-  const PartOf<P> mine(rank);
-  int lane = threadIdx.x % 32, join = P::kJoins == 1 ? 0 : threadIdx.x / 32;
-  int section = rank * P::kJoins + join, col = section * 64 + lane % 16 * 4;
-  bool finishes = threadIdx.x < 32 * P::kJoins;
+  constexpr int kBlocks = D / 64, kFinished = 1;
+  __shared__ Waiting waiting[32];
+  const PartOf<D> mine(rank);
+  int lane = threadIdx.x % 32, col = rank * 64 + lane % 16 * 4;
+  bool finishes = threadIdx.x < 32;
   float g[8][4];
   source.load(first, mine, share, g);
   if (threadIdx.x == 0) mail_open(&share.parts_mail), mail_open(&share.squares_mail);
   cluster_here();
-  if (finishes) waiting[join * 32 + lane].end.read(f, col, P::kDim);
+  if (finishes) waiting[lane].end.read(f, col, D);
   cluster_all_here();  // every mailbox is open
   uint32_t round = 0;
   for (int64_t entry = first; entry < end; entry += step, ++round) {
     if (finishes) {  // while rows are under way
-      Waiting& own = waiting[join * 32 + lane];
+      Waiting& own = waiting[lane];
       int64_t slot = source.slot(entry);
       own.end.turn_at(source.position(entry));
       own.at = place_in(f.pages, slot), own.stores = slot >= 0;
-      if (lane == 0 && join == 0) {
+      if (lane == 0) {
         mail_expect(&share.parts_mail, sizeof(share.parts));
-        mail_expect(&share.squares_mail, sizeof(share.squares));
+        mail_expect(&share.squares_mail, 4 * kBlocks);
       }
     }
     Part128 part = pool_part(source, mine, share, g);
     bool more = entry + step < end;
-    // The last entry is finished: so every block has joined that one's parts.
-    if (!finishes && round) named_barrier(kFinished, P::kThreads);
-    send_part(share, mine, part);
+    // Warp 0 finished the last entry: so every block has joined that one's parts.
+    if (!finishes && round) named_barrier(kFinished, kPool128Threads);
+    send_part(share, mine.part, mine.section, part);
     if (more) source.load(entry + step, mine, share, g);
     if (!finishes) continue;
     mail_wait(&share.parts_mail, round & 1);
     float x[4];
-    join_parts(share, join, x);
+    join_parts(share, x);
     hold<T>(x);
     float square = square_sum(x);
-    if (lane < P::kBlocks)
-      mail_send(&share.squares[section], &share.squares_mail, lane, __float_as_uint(square));
-    Waiting own = waiting[join * 32 + lane];
+    if (lane < kBlocks)
+      mail_send(&share.squares[rank], &share.squares_mail, lane, __float_as_uint(square));
+    Waiting own = waiting[lane];
     mail_wait(&share.squares_mail, round & 1);
     float total = 0.0f;
 #pragma unroll
-    for (int i = 0; i < P::kSections; ++i) total += share.squares[i];
-    finish_main<T>(x, total, col, P::kDim, own.end, f, own.at, own.stores, entry, lane < 16);
-    if (more) named_barrier_arrive(kFinished, P::kThreads);
+    for (int i = 0; i < kBlocks; ++i) total += share.squares[i];
+    finish_main<T>(x, total, col, D, own.end, f, own.at, own.stores, entry, lane < 16);
+    if (more) named_barrier_arrive(kFinished, kPool128Threads);
   }
 }
 

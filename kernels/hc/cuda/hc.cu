@@ -8,6 +8,7 @@
 // that both kernels share.
 #include "hc_few.cuh"
 #include "hc_tiles.cuh"
+#include "launch.cuh"
 
 namespace causeway {
 namespace hc {
@@ -56,16 +57,8 @@ cudaError_t launch(const Arguments& args, cudaStream_t stream) {
   kernel<<<args.groups * args.slabs, kAllThreads, kBytes, stream>>>(args, maps);
   code = cudaGetLastError();
   if (code != cudaSuccess || kMode == Mode::kHead) return code;
-  cudaLaunchAttribute early;
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((unsigned)((args.tokens + 127) / 128));
-  config.blockDim = dim3(128);
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, comb_kernel, args.comb, args.tokens, args.iters, args.eps);
+  return EarlyLaunch{(args.tokens + 127) / 128, 128, stream}.start(comb_kernel, args.comb, args.tokens,
+                                                                   args.iters, args.eps);
 }
 
 }  // namespace hc

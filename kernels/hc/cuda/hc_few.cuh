@@ -5,6 +5,7 @@
 // token t. The sums are those of hc_tiles.cuh in the same order, norm and codes those of kernels/quant_rows.
 #pragma once
 #include "hc_words.cuh"
+#include "launch.cuh"
 
 namespace causeway {
 namespace hc {
@@ -313,21 +314,10 @@ cudaError_t launch_few(const Arguments& args, cudaStream_t stream) {
     code = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }
   if (code != cudaSuccess) return code;
-  cudaLaunchAttribute attributes[2];
-  // The kernel may start while the one ahead ends: it reads weights, then waits for the rest.
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = args.slabs;
-  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((unsigned)((args.tokens + args.few - 1) / args.few) * args.slabs);
-  config.blockDim = dim3(kFewThreads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = Exchange::kCluster ? 2 : 1;
-  return cudaLaunchKernelEx(&config, kernel, args);
+  // While the kernel ahead ends this one reads weights; then it waits for the rest.
+  const int64_t blocks = (args.tokens + args.few - 1) / args.few * args.slabs;
+  return EarlyLaunch{blocks, kFewThreads, stream, bytes, Exchange::kCluster ? args.slabs : 1}.start(kernel,
+                                                                                                    args);
 }
 
 template <Mode kMode>

@@ -11,6 +11,7 @@
 #include <cuda_fp8.h>
 
 #include "keys.cuh"
+#include "launch.cuh"
 #include "product.cuh"
 #include "wgmma.cuh"
 
@@ -311,7 +312,7 @@ __global__ void __launch_bounds__(Shape<kRows>::kThreads, kRows == 1 ? 2 : 1)
     index_score_kernel(const ScoreArgs a) {
   constexpr int kGroups = Shape<kRows>::kGroups;
   // May start while the kernel ahead ends; the one behind (the selection) may do so as well.
-  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+  await_inputs();
   extern __shared__ uint8_t raw[];
   ScoreSmem<kRows>& s =
       *reinterpret_cast<ScoreSmem<kRows>*>(raw + ((1024 - (smem_address(raw) & 1023)) & 1023));
@@ -368,18 +369,9 @@ int launch(ScoreArgs a, cudaStream_t stream) {
   int bytes = sizeof(ScoreSmem<kRows>) + 1024;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return (int)error;
-  cudaLaunchConfig_t config = {};
   a.tiles = (a.rows + kRows - 1) / kRows;
-  config.gridDim = dim3((unsigned)(a.coarse + (a.tiles - a.coarse) * a.fine));
-  config.blockDim = dim3(Shape<kRows>::kThreads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return (int)cudaLaunchKernelEx(&config, kernel, a);
+  int blocks = a.coarse + (a.tiles - a.coarse) * a.fine;
+  return EarlyLaunch{blocks, Shape<kRows>::kThreads, stream, bytes}.start(kernel, a);
 }
 
 }  // namespace causeway

@@ -25,24 +25,13 @@
 #include "dense_store.cuh"
 #include "dense_tiles.cuh"
 #include "hopper.cuh"
+#include "launch.cuh"
 #include "rope_rows.cuh"
 #include "wgmma.cuh"
 #include "wgmma_bf16.cuh"
 
 namespace causeway {
 
-__device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void cluster_wait() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-// The same place in the shared memory of a block of the cluster.
-__device__ __forceinline__ uint32_t place_at(uint32_t address, uint32_t rank) {
-  uint32_t there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
-  return there;
-}
 __device__ __forceinline__ void store_remote(uint32_t address, float a, float b) {
   asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(a), "f"(b)
                : "memory");
@@ -292,7 +281,7 @@ __device__ __forceinline__ void multiply_segment(
     const int local = warp * 16 + half * 8 + lane / 4;
     if (local >= S::kRows || tile.row + local >= args.rows) continue;
     const uint32_t line =
-        place_at(part + local / S::kCluster * S::kOwnedRow, local % S::kCluster);
+        remote_address(part + local / S::kCluster * S::kOwnedRow, local % S::kCluster);
 #pragma unroll
     for (int i = half * 2; i < S::kParts; i += 4) store_remote(line + (i / 4) * 32, acc[i], acc[i + 1]);
   }
@@ -382,21 +371,8 @@ int launch_dense(const CUtensorMap& a_map, const CUtensorMap& b_map, const Dense
   if (blocks > INT32_MAX / 16) return cudaErrorInvalidValue;
   blocks = S::kSplit ? blocks * S::kCluster
                      : std::min<int64_t>(blocks, static_cast<int64_t>(multiprocessors) * S::kBlocks);
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(S::kThreads);
-  config.dynamicSmemBytes = S::kSharedBytes;
-  config.stream = stream;
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = S::kCluster;
-  attributes[1].val.clusterDim.y = 1;
-  attributes[1].val.clusterDim.z = 1;
-  config.attrs = attributes;
-  config.numAttrs = S::kSplit ? 2 : 1;
-  return cudaLaunchKernelEx(&config, dense_kernel<S>, a_map, b_map, args);
+  return EarlyLaunch{blocks, S::kThreads, stream, S::kSharedBytes, S::kSplit ? S::kCluster : 1}.start(
+      dense_kernel<S>, a_map, b_map, args);
 }
 
 }  // namespace causeway

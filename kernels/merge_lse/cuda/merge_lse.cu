@@ -44,7 +44,6 @@ __global__ void __launch_bounds__(32 * kWarps)
   for (int p = 32 + lane; p < parts; p += 32) top = fmaxf(top, own[p * lse_part]);
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-  bool empty = top == kNegInf;
   first = first == kNegInf ? 0.0f : expf(first - top);
   auto weight_of = [&](int p) {  // 0: no keys
     if (p < 32) return __shfl_sync(~0u, first, p);
@@ -53,6 +52,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   };
   float total = 0.0f;
   for (int p = 0; p < parts; ++p) total += weight_of(p);
+  bool empty = total == 0.0f;  // else at least one, or NaN: the maximum does not show that
   float extra = sink && !empty ? expf(sink[head] - top) : 0.0f;
   float factor = empty ? 0.0f : 1.0f / (total + extra);
   for (int start = 0; start < dim; start += 32 * kWidth * kSpan) {

@@ -40,7 +40,8 @@ __device__ __forceinline__ float score_of(float logit) {
   constexpr float kLog2eLow = 1.9259629911266175e-8f;  // log2(e) less its float32 value
   constexpr float kRound = 12582912.0f;                // 1.5 * 2^23: added, it rounds to an integer
   const bool low = logit < -20.0f;
-  const float y = fmaxf(low ? 0.5f * fmaxf(logit, -160.0f) : -fabsf(logit), -160.0f);
+  // Not below -80: a smaller power of two than 2^-126 would wrap around, and adds nothing to a softplus.
+  const float y = fmaxf(low ? 0.5f * logit : -fabsf(logit), -80.0f);
   const float shifted = fmaf(y, kLog2e, kRound), power = shifted - kRound;
   const float rest = fmaf(y, kLog2eLow, fmaf(y, kLog2e, -power));
   const float u = __int_as_float(__float_as_int(exp2_fast(rest)) + (__float_as_int(shifted) << 23));

@@ -9,6 +9,7 @@
 // the same bits in all tiles of that product (kernels/linear/cuda/dense.cuh), and here.
 #include "../../linear/cuda/dense_host.cuh"
 #include "choose.cuh"
+#include "launch.cuh"
 #include "products.cuh"
 
 namespace causeway {
@@ -204,23 +205,6 @@ __global__ void __launch_bounds__(kRowWarps * 32) choose_kernel(const __grid_con
   store_row(args, row, lane, expert, lane < args.k && expert >= 0 ? score_of(logits[expert]) : 0.0f);
 }
 
-template <class... Parameters, class... Values>
-cudaError_t start(void (*kernel)(Parameters...), int64_t blocks, int threads, int bytes,
-                  cudaStream_t stream, Values&... values) {
-  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  cudaLaunchAttribute early;
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, values...);
-}
-
 template <class S, int kPer>
 int launch_few(const CUtensorMap& a_map, const CUtensorMap& b_map, const DenseArguments& product,
                const Arguments& args, cudaStream_t stream) {
@@ -228,8 +212,8 @@ int launch_few(const CUtensorMap& a_map, const CUtensorMap& b_map, const DenseAr
       few_kernel<S, kPer>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
   if (configured != cudaSuccess) return configured;
   const int64_t tiles = (args.experts + kExperts - 1) / kExperts;
-  return start(few_kernel<S, kPer>, tiles * kSegments, S::kThreads, S::kSharedBytes, stream, a_map, b_map,
-               product, args);
+  return EarlyLaunch{tiles * kSegments, S::kThreads, stream, S::kSharedBytes}.start(
+      few_kernel<S, kPer>, a_map, b_map, product, args);
 }
 
 // Experts of a lane: kernels exist for 4, 8, 12 and 16.
@@ -278,8 +262,8 @@ extern "C" int causeway_moe_gate_few(const void* x, int64_t x_stride, const void
 extern "C" int causeway_moe_gate_choose(const causeway::gate::Arguments* args, void* stream) {
   using namespace causeway::gate;
   return with_lanes(args->experts, [&](auto lanes) {
-    return static_cast<int>(start(choose_kernel<decltype(lanes)::value>,
-                                  (args->tokens + kRowWarps - 1) / kRowWarps, kRowWarps * 32, 0,
-                                  static_cast<cudaStream_t>(stream), *args));
+    const int64_t blocks = (args->tokens + kRowWarps - 1) / kRowWarps;
+    return causeway::EarlyLaunch{blocks, kRowWarps * 32, static_cast<cudaStream_t>(stream)}.start(
+        choose_kernel<decltype(lanes)::value>, *args);
   });
 }

@@ -1,6 +1,7 @@
 // Rows to their experts' order: a stable counting sort of the choices by one cluster of blocks, then the
 // copies. Integers only. Contract: kernels/moe_permute/api.py.
-#include "../../qkv_norm_rope/cuda/launch.cuh"
+#include "hopper.cuh"
+#include "launch.cuh"
 
 namespace causeway {
 
@@ -172,9 +173,9 @@ extern "C" int causeway_moe_permute(const Permute* a, void* stream) {
   for (cudaError_t code : allowed)
     if (code != cudaSuccess) return (int)code;
   const auto queue = (cudaStream_t)stream;
-  const int code = launch_blocks(sort_kernel, kBlocks, 1, kThreads, kBlocks, *a, queue, bytes);
-  if (code) return code;
-  return launch_blocks(copy_kernel, a->tokens, 1, kCopyThreads, 1, *a, queue);
+  const cudaError_t code = EarlyLaunch{kBlocks, kThreads, queue, bytes, kBlocks}.start(sort_kernel, *a);
+  if (code != cudaSuccess) return code;
+  return EarlyLaunch{a->tokens, kCopyThreads, queue}.start(copy_kernel, *a);
 }
 
 }  // namespace causeway

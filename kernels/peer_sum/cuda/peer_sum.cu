@@ -2,6 +2,8 @@
 #include <cstdint>
 #include <cuda_runtime.h>
 
+#include "launch.cuh"
+
 namespace causeway {
 
 constexpr int kMostRanks = 8, kThreads = 256;
@@ -36,7 +38,7 @@ __device__ __forceinline__ uint4 look(const uint4* at) {
 // A thread has one word of two values. All blocks of a sum fit on the chip at once, so a block that
 // waits for its fellows on other ranks keeps none of them from starting.
 __global__ void __launch_bounds__(kThreads, 8) sum_kernel(const __grid_constant__ PeerSum a) {
-  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+  await_inputs();
   const int64_t word = (int64_t)blockIdx.x * kThreads + threadIdx.x;
   const uint32_t tag = (uint32_t)a.rounds[blockIdx.x] + 1;
   const int64_t round = (int64_t)(tag % 2) * a.size;  // first sender's box of this round
@@ -68,16 +70,8 @@ __global__ void __launch_bounds__(kThreads, 8) sum_kernel(const __grid_constant_
 }  // namespace
 
 extern "C" int causeway_peer_sum(const PeerSum* arguments, void* stream) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((unsigned)((arguments->words + kThreads - 1) / kThreads));
-  config.blockDim = dim3(kThreads);
-  config.stream = (cudaStream_t)stream;
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &early;
-  config.numAttrs = 1;
-  return (int)cudaLaunchKernelEx(&config, sum_kernel, *arguments);
+  const int64_t blocks = (arguments->words + kThreads - 1) / kThreads;
+  return EarlyLaunch{blocks, kThreads, (cudaStream_t)stream}.start(sum_kernel, *arguments);
 }
 
 }  // namespace causeway

@@ -302,8 +302,8 @@ int launch(Args<T> a, cudaStream_t stream) {
   int64_t most = others ? 132 * 7 : kLatentBlocks;
   a.kv_blocks = a.kv.in ? std::min<int64_t>((a.tokens + kWarps - 1) / kWarps, most) : 0;
   if (others == 0)
-    return launch_blocks(latents_kernel<D, T>, a.kv_blocks, 1, 32 * kWarps, 1, a, stream);
-  return launch_blocks(rows_kernel<D, DI, T>, a.kv_blocks + others, 1, 32 * kWarps, 1, a, stream);
+    return EarlyLaunch{a.kv_blocks, 32 * kWarps, stream}.start(latents_kernel<D, T>, a);
+  return EarlyLaunch{a.kv_blocks + others, 32 * kWarps, stream}.start(rows_kernel<D, DI, T>, a);
 }
 
 }  // namespace

@@ -56,15 +56,5 @@ __device__ __forceinline__ void bulk_commit() {
 __device__ __forceinline__ void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
-// Programmatic dependent launch: a kernel may start while the one before it still runs. What the one
-// before wrote may be read, and anything it reads may be written, only after `wait_for_previous`.
-__device__ __forceinline__ void wait_for_previous() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-// Called after `wait_for_previous` only, so that never more than two kernels of a stream overlap
-// (three around `swiglu_quant`, which lets the next one start earlier).
-__device__ __forceinline__ void let_next_start() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
 
 }  // namespace causeway

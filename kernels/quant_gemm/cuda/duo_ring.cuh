@@ -7,6 +7,7 @@
 #include "copy_engine.cuh"
 #include "duo_tiles.cuh"
 #include "hopper.cuh"
+#include "launch.cuh"
 #include "tiles.cuh"
 
 namespace causeway {

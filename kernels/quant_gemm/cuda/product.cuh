@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include "hopper.cuh"
+#include "launch.cuh"
 #include "tiles.cuh"
 #include "wgmma.cuh"
 #include "wgmma_e4m3.cuh"
@@ -42,17 +43,7 @@ int launch(void (*kernel)(Parameters...), int grid, cudaStream_t stream, const A
   static const cudaError_t configured = cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
   if (configured != cudaSuccess) return configured;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(grid);
-  config.blockDim = dim3(S::kThreads);
-  config.dynamicSmemBytes = S::kSharedBytes;
-  config.stream = stream;
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &early;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+  return EarlyLaunch{grid, S::kThreads, stream, S::kSharedBytes}.start(kernel, arguments...);
 }
 
 }  // namespace causeway

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "launch.cuh"
+
 namespace {
 
 constexpr int kThreads = 256;
@@ -21,8 +23,7 @@ __global__ void __launch_bounds__(kThreads)
     scales_kernel(const uint8_t* rows, int64_t row_stride, int count, int columns, float* rows_out,
                   int64_t out_stride, const uint8_t* weight, int64_t weight_count,
                   float* weight_out, int row_blocks, int row_parts) {
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    causeway::await_inputs();
     if (blockIdx.x < row_parts) {
         const int row = (blockIdx.x % row_blocks) * kThreads + threadIdx.x;
         const int column = blockIdx.x / row_blocks * kWord;
@@ -50,15 +51,7 @@ extern "C" int causeway_scales_to_float(const uint8_t* rows, int64_t row_stride,
     const int row_blocks = (count + kThreads - 1) / kThreads;
     const int row_parts = row_blocks * ((columns + kWord - 1) / kWord);
     const int64_t blocks = row_parts + (weight_count + kThreads - 1) / kThreads;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(blocks));
-    config.blockDim = dim3(kThreads);
-    config.stream = stream;
-    cudaLaunchAttribute early = {};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &early;
-    config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, scales_kernel, rows, row_stride, count, columns, rows_out, out_stride, weight,
-                              weight_count, weight_out, row_blocks, row_parts);
+    return causeway::EarlyLaunch{blocks, kThreads, stream}.start(
+        scales_kernel, rows, row_stride, count, columns, rows_out, out_stride, weight, weight_count,
+        weight_out, row_blocks, row_parts);
 }

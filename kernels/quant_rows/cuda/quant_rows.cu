@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "codes.cuh"
+#include "launch.cuh"
 #include "swiglu.cuh"
 
 namespace {
@@ -70,29 +71,6 @@ struct SwiGLU {
   }
 };
 
-__device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
-// A kernel may start while the one before it in the stream still runs: nothing of the inputs may be read
-// before this, and the next kernel may not start earlier, except behind SwiGLU (see `kEarly`).
-__device__ __forceinline__ void await_inputs() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  let_next_start();
-}
-
-template <typename... Parameters, typename... Arguments>
-int start(void (*kernel)(Parameters...), int grid, cudaStream_t stream, Arguments... arguments) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(grid);
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
-
 // A warp holds Unroll groups of 256 columns at once.
 template <typename Source, int Unroll>
 __global__ void __launch_bounds__(kThreads) rows_kernel(
@@ -124,9 +102,9 @@ int start_unrolled(const Source& source, const Output& out, int64_t rows, int k,
   const int64_t chunks = (blocks * 128 + 256 * Unroll - 1) / (256 * Unroll);
   const int64_t items = rows * chunks;
   if (items > INT32_MAX) return cudaErrorInvalidValue;
-  return start(rows_kernel<Source, Unroll>, static_cast<int>((items + kWarps - 1) / kWarps), stream,
-               source, out, static_cast<uint32_t>(items), static_cast<uint32_t>(chunks), k, blocks,
-               col_offset, wide);
+  return EarlyLaunch{(items + kWarps - 1) / kWarps, kThreads, stream}.start(
+      rows_kernel<Source, Unroll>, source, out, static_cast<uint32_t>(items),
+      static_cast<uint32_t>(chunks), k, blocks, col_offset, wide);
 }
 
 // Few rows: many warps with little work each. Many rows: more loads in flight in every warp.
@@ -200,21 +178,13 @@ int start_norm(const void* x, int64_t x_stride, const void* weight, void* normed
   const T* rows_in = static_cast<const T*>(x);
   const W* factors = static_cast<const W*>(weight);
   T* target = static_cast<T*>(normed);
-  const int grid = static_cast<int>(rows);
-  switch ((k + 2047) / 2048) {
-    case 1:
-      return start(norm_kernel<T, W, 1>, grid, stream, rows_in, x_stride, factors, target,
-                   normed_stride, out, k, eps);
-    case 2:
-      return start(norm_kernel<T, W, 2>, grid, stream, rows_in, x_stride, factors, target,
-                   normed_stride, out, k, eps);
-    case 3:
-    case 4:
-      return start(norm_kernel<T, W, 4>, grid, stream, rows_in, x_stride, factors, target,
-                   normed_stride, out, k, eps);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  const int chunks = (k + 2047) / 2048;
+  if (chunks < 1 || chunks > 4) return cudaErrorInvalidValue;
+  const auto kernel = chunks == 1   ? norm_kernel<T, W, 1>
+                      : chunks == 2 ? norm_kernel<T, W, 2>
+                                    : norm_kernel<T, W, 4>;
+  return EarlyLaunch{rows, kThreads, stream}.start(kernel, rows_in, x_stride, factors, target,
+                                                   normed_stride, out, k, eps);
 }
 
 }  // namespace

@@ -9,7 +9,7 @@
 #include <algorithm>
 
 #include "../../qkv_norm_rope/cuda/cluster.cuh"
-#include "../../qkv_norm_rope/cuda/launch.cuh"
+#include "launch.cuh"
 
 namespace causeway {
 
@@ -336,12 +336,12 @@ extern "C" int causeway_sample_partial(const Sample* call, void* stream_of) {
     static const cudaError_t allowed =
         cudaFuncSetAttribute(part_kernel<true>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (allowed != cudaSuccess) return (int)allowed;
-    return launch_blocks(part_kernel<true>, blocks, 1, kThreads, a.parts, a, stream);
+    return EarlyLaunch{blocks, kThreads, stream, 0, a.parts}.start(part_kernel<true>, a);
   }
-  const int code = launch_blocks(part_kernel<false>, blocks, 1, kThreads, 1, a, stream);
-  if (code) return code;
+  const cudaError_t code = EarlyLaunch{blocks, kThreads, stream}.start(part_kernel<false>, a);
+  if (code != cudaSuccess) return code;
   const int64_t merges = (a.rows + kMergeWarps - 1) / kMergeWarps;
-  return launch_blocks(merge_kernel, merges, 1, 32 * kMergeWarps, 1, a, stream);
+  return EarlyLaunch{merges, 32 * kMergeWarps, stream}.start(merge_kernel, a);
 }
 
 }  // namespace causeway

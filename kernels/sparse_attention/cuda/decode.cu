@@ -8,6 +8,7 @@
 #include "decode_narrow.cuh"
 #include "decode_plan.cuh"
 #include "decode_wide.cuh"
+#include "launch.cuh"
 #include "query_map.h"
 
 extern "C" int causeway_attend_decode(const void* q, int64_t q_row, int64_t q_head, const uint8_t* ring,
@@ -58,20 +59,10 @@ extern "C" int causeway_attend_decode(const void* q, int64_t q_row, int64_t q_he
     return p.format != kFp8 || ((uintptr_t)p.pool | (uintptr_t)p.stride) % 16 != 0;
   };
   bool plain = (window > 0 && is_plain(a.ring)) || (pool != nullptr && is_plain(a.entries.pages));
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((unsigned)blocks);
-  config.stream = stream;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
   auto launch = [&](auto kernel, int threads, int bytes, auto... arguments) {
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return error;
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = bytes;
-    return cudaLaunchKernelEx(&config, kernel, arguments...);
+    return EarlyLaunch{blocks, threads, stream, bytes}.start(kernel, arguments...);
   };
   cudaError_t error;
   if (narrow) {
@@ -84,9 +75,7 @@ extern "C" int causeway_attend_decode(const void* q, int64_t q_row, int64_t q_he
     error = launch(plain ? decode_kernel<true> : decode_kernel<false>, kThreads, sizeof(DecodeSmem), a, query_map);
   }
   if (error != cudaSuccess || chunks == 1) return (int)error;
-  config.gridDim = dim3((unsigned)(rows * a.tiles), a.tile_heads / 8, kMergeParts);
-  config.blockDim = dim3(32 * kMergeWarps);
-  config.dynamicSmemBytes = 0;
-  auto merge = narrow ? merge_chunks_kernel<kNarrowKeys> : merge_chunks_kernel<kChunk>;
-  return (int)cudaLaunchKernelEx(&config, merge, a);
+  EarlyLaunch merging{(int64_t)rows * a.tiles, 32 * kMergeWarps, stream};
+  merging.y = a.tile_heads / 8, merging.z = kMergeParts;
+  return merging.start(narrow ? merge_chunks_kernel<kNarrowKeys> : merge_chunks_kernel<kChunk>, a);
 }

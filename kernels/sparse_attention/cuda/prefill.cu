@@ -301,8 +301,9 @@ __device__ void consume(PrefillSmem& s, const PrefillArgs& a, int items, int til
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       int head = first_head + line + 8 * i;
-      bool real = head < a.heads, empty_row = top[i] == kNegInf;
       float sum = s.total[0][line + 8 * i] + s.total[1][line + 8 * i], extra = 0.0f;
+      // Without a step the sum is an older row's. A row of NaN has no maximum either, but a sum of NaN.
+      bool real = head < a.heads, empty_row = top[i] == kNegInf && (steps == 0 || sum == 0.0f);
       if (a.sink && real && !empty_row) extra = exp2_fast(a.sink[head] * kLog2e - top[i]);
       if (empty_row) {
 #pragma unroll

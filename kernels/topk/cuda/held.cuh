@@ -16,13 +16,6 @@ struct HeldSmem {
   uint32_t chosen[32], lows[kMostBlocks], highs[kMostBlocks], counts[2][kMostBlocks], listed_by[kMostBlocks];
 };
 
-__device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void cluster_wait() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
 // Column of score j of this thread: a warp has neighbouring ones, a lane four side by side.
 template <int kEach>
 __device__ __forceinline__ int held_column(int j) {

@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "held.cuh"
+#include "launch.cuh"
 #include "row.cuh"
 
 namespace cg = cooperative_groups;
@@ -23,7 +24,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     topk_select_kernel(const float* __restrict__ scores, int64_t stride, int columns, int k,
                        const int64_t* __restrict__ row_start, const int64_t* __restrict__ row_end,
                        const int64_t* __restrict__ row_seq, int32_t* __restrict__ out) {
-  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+  await_inputs();
   extern __shared__ char raw[];
   using Smem = SelectSmem<kThreads, kCapacity>;
   Smem& s = *reinterpret_cast<Smem*>(raw);
@@ -208,19 +209,8 @@ int launch_select(const float* scores, int64_t rows, int64_t stride, int columns
   int bytes = (int)sizeof(SelectSmem<kThreads, kCapacity>) + 4 * (words < kBitmapWords ? words : kBitmapWords);
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return (int)error;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((unsigned)(rows * kCluster));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = kCluster, attributes[1].val.clusterDim.y = 1, attributes[1].val.clusterDim.z = 1;
-  config.attrs = attributes;
-  config.numAttrs = kCluster > 1 ? 2 : 1;
-  return (int)cudaLaunchKernelEx(&config, kernel, scores, stride, columns, k, row_start, row_end, row_seq, out);
+  return EarlyLaunch{rows * kCluster, kThreads, stream, bytes, kCluster}.start(
+      kernel, scores, stride, columns, k, row_start, row_end, row_seq, out);
 }
 
 }  // namespace causeway

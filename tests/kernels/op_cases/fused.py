@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from kernels import CacheDtype, EntryKind, PageLayout
-from kernels.compress_decode.api import SERIES, CompressPart
+from kernels.compress.api import SERIES
+from kernels.compress_decode.api import CompressPart
 from kernels.row_exchange import reference as exchange
 from kernels.row_exchange.api import RowCopy, RowStream, stream_offsets
 from kernels.sample_partial.api import PartialSample

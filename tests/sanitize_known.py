@@ -1,0 +1,208 @@
+"""What racecheck reports although it is ordered: a list with the reasons, and who tells it from the rest.
+
+racecheck follows ``mbarrier``s that every thread concerned arrives at, ``__syncthreads`` and
+``__syncwarp``. It does not follow a named barrier that some warps only arrive at (``bar.arrive``), nor
+one lane that arrives for its warp, nor words that carry their tag. Where such an order costs nothing in
+a form that the tool follows, the kernel has that form; the others are here.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_SOURCES = Path(__file__).resolve().parents[1] / "kernels"
+_MARK = "========="
+_ACCESS = r"\w+ access at .+\+0x[0-9a-f]+ in (?P<file>[^\s/]+):(?P<line>\d+)"
+_FIRST = re.compile(rf"{_MARK} \w+: Race reported between {_ACCESS}\s*$")
+_SECOND = re.compile(rf"{_MARK}     and {_ACCESS} \[\d+ hazards\]\s*$")
+_SUMMARY = re.compile(rf"{_MARK} (RACECHECK|ERROR) SUMMARY: (\d+) (hazard|error)")
+_HARMLESS = re.compile(rf"{_MARK}( COMPUTE-SANITIZER)?\s*$")
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of a source, by part of its text: line numbers move.
+
+    Args:
+        file: its name.
+        text: what the line holds.
+        callers: files that the tool may name instead, with this line's number, where it is inlined.
+    """
+
+    file: str
+    text: str
+    callers: tuple[str, ...] = ()
+
+    def is_at(self, file: str, number: int) -> bool:
+        """Whether line ``number`` of ``file``, as the tool names them, is the one.
+
+        It may also be one of the next two: the tool names any line of a statement.
+        """
+        return file in (self.file, *self.callers) and any(
+            self.text in "".join(lines[max(number - 3, 0) : number])
+            for lines in _sources(self.file)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """Accesses at ``one`` and at ``others``, in either order, and what orders them."""
+
+    one: Line
+    others: tuple[Line, ...]
+    why: str
+
+
+@dataclass(slots=True)
+class Reports:
+    """Reads the tool's output, line by line.
+
+    Attributes:
+        known: how often each entry of ``KNOWN`` was met.
+        new: findings that are in no entry, and all that is not understood.
+        complete: the tool has come to its end, and every report in its summary was read.
+    """
+
+    known: Counter[Known] = field(default_factory=Counter)
+    new: list[str] = field(default_factory=list)
+    complete: bool = False
+    _first: re.Match[str] | None = None
+    _read: int = 0
+
+    def read(self, line: str) -> bool:
+        """Whether the line is for people: not the tool's, or a finding."""
+        if not line.startswith(_MARK):
+            return True
+        if first := _FIRST.match(line):
+            self._first, self._read = first, self._read + 1
+            return False
+        if summary := _SUMMARY.match(line):
+            self.complete = int(summary[2]) == self._read
+            return True
+        second = _SECOND.match(line)
+        if second and self._first:
+            entry = find(self._first, second)
+            if entry is not None:
+                self.known[entry] += 1
+                return False
+            self.new.append(f"{self._first.string.rstrip()}\n{line.rstrip()}")
+        elif not _HARMLESS.match(line):
+            self.new.append(line.rstrip())
+        else:
+            return False
+        return True
+
+
+def find(first: re.Match[str], second: re.Match[str]) -> Known | None:
+    """The entry of two accesses."""
+    places = [(m["file"], int(m["line"])) for m in (first, second)]
+    for entry in KNOWN:
+        for a, b in (places, places[::-1]):
+            if entry.one.is_at(*a) and any(other.is_at(*b) for other in entry.others):
+                return entry
+    return None
+
+
+@functools.cache
+def _sources(name: str) -> list[list[str]]:
+    return [path.read_text().splitlines() for path in sorted(_SOURCES.rglob(name))]
+
+
+_LISTED = Line("decode_read.cuh", "table.scales[key] = scales;")
+_PLACES = Line("decode_read.cuh", "places[at] = place;")
+_ENTRIES = (
+    Line("decode_read.cuh", "entry[r] = entries[r];"),
+    Line("decode_read.cuh", "rest = entries[lane / 4];"),
+)
+_FIRST_BASE = Line("decode_wide.cuh", "s.lines[kPart].base[line + 8 * i] = base[i];")
+_FACTOR = Line("decode_read.cuh", "auto factor_of =")
+_PAIR = Line("decode_read.cuh", "reinterpret_cast<const uint16_t*>(scales)[lane]")
+_TOTALS = (
+    Line("hc_mixers.cuh", "float4 sum = fours[0];"),
+    Line("hc_mixers.cuh", "const float4 more = fours[other * kAdders];"),
+)
+_SUMMED = (
+    "half of the mixing warps add up at a named barrier where the others arrive; who writes the sums of"
+    " two tiles later waits at `sent`, where each of those warps arrives with a lane after a __syncwarp"
+)
+
+KNOWN: tuple[Known, ...] = (
+    Known(
+        Line("pair_tiles.cuh", "ld.shared.v2.f32", ("pair.cuh", "group.cuh")),
+        (Line("hopper.cuh", "st.shared.b32 [%0], %1;"),),
+        "all lanes of a warp read a stage's scales in one instruction; behind the next wgmma.wait_group,"
+        " which is the whole warp's, a lane arrives at `empty`, which the warp that writes the next"
+        " scales waits for (every lane arriving: 1 % slower)",
+    ),
+    Known(
+        _LISTED,
+        (_FACTOR, _PAIR),
+        "a warp that lists keys writes their scales; after a __syncwarp one lane of eight arrives at"
+        " `listed`, which the warp that decodes those eight waits for",
+    ),
+    Known(
+        _PLACES,
+        (_FACTOR, _PAIR),
+        "the next item's places take the room of this one's scales when both parts' scores are made:"
+        " each warp has decoded its keys before it arrives at kDecoded, which the first warpgroup waits"
+        " for before it arrives at kBase, and the last one, which writes the places, waits for that",
+    ),
+    Known(
+        _FIRST_BASE,
+        (
+            Line("decode_wide.cuh", "base[i] = next_base(s.lines[0].base[line + 8 * i], base[i]);"),
+            *_ENTRIES,
+        ),
+        "the first warpgroup arrives at kBase when it has written, the last one waits there; entries"
+        " have been sent for by every warp that arrives at kDecoded, which comes before",
+    ),
+    Known(
+        Line("decode_wide.cuh", "s.lines[kPart].total[line + 8 * i] = total;"),
+        _ENTRIES,
+        "the sum takes the place of entries that every warp has sent for before it arrives at kDecoded",
+    ),
+    Known(
+        Line("decode_wide.cuh", "if (lane == 0) s.next = it;"),
+        (Line("decode_wide.cuh", "if (!lists) it = s.next;"),),
+        "every warp that lists writes the same value; one of the reader's warpgroup has written it before"
+        " both are at kListed",
+    ),
+    Known(
+        Line("hc_mixers.cuh", "(at + box * kBoxBytes + k * kTile * 128) ="),
+        (
+            Line("hc_math.cuh", "ldmatrix.sync.aligned.m8n8.x4.shared.b16"),
+            Line("hc_columns.cuh", "x[s] = *reinterpret_cast<const uint4*>(at"),
+        ),
+        "who reads a tile waits at `made`, where a lane of each mixing warp arrives after a __syncwarp;"
+        " the stage's next tile comes when the column warps have collapsed this one, by factors made of"
+        " the sums of all mixing warps, which travel as words with a tag",
+    ),
+    Known(
+        Line("hc_mixers.cuh", "if (quad == 0) to[kTile * kMixes + half * 8 + row] ="),
+        _TOTALS,
+        _SUMMED,
+    ),
+    Known(
+        Line("hc_mixers.cuh", "(to + (half * 8 + row) * kMixes + i * 8 + quad * 2) ="),
+        _TOTALS,
+        _SUMMED,
+    ),
+    Known(
+        Line("hc_columns.cuh", "to[half] = weight;"),
+        (Line("hc_columns.cuh", "weight[2] = {norm_weight[0], norm_weight[1]};"),),
+        "a lane reads what it wrote itself; the other column warps write the same values there",
+    ),
+    Known(
+        Line("hc_factors.cuh", "cp.async.bulk.shared::cluster.global.mbarrier"),
+        (
+            Line("hc_mixers.cuh", "const float4 post = factors[token];"),
+            Line("hc_mixers.cuh", "comb[j] = factors[kTile + token * kStreams + j];"),
+        ),
+        "the copy's bytes are counted by `full`, which every thread that reads them waits for; the copy"
+        " of two tiles later is asked for behind `made`, where each warp that has read them arrives",
+    ),
+)
