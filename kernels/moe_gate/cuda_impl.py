@@ -24,7 +24,7 @@ from kernels.moe_gate.triton_impl import moe_gate as triton_moe_gate
 from kernels.triton_math import twin_for_float64
 
 _FOLDER = Path(__file__).parent / "cuda"
-_SOURCES = (_FOLDER / "gate.cu", *sorted(_FOLDER.glob("*.cuh")), *product.HEADERS)
+_SOURCES = (_FOLDER / "gate.cu", _FOLDER / "choose.cuh", *product.HEADERS)
 _FEW = 64  # tokens up to which one launch runs
 _EXPERTS, _MOST_EXPERTS = 16, 512  # of a block; in all
 _MOST_CHOICES = 32  # lanes of a warp

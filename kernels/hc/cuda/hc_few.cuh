@@ -1,5 +1,5 @@
-// The kernel for few tokens: a group of blocks, a slab each, for up to 16 of them. Weights are read and cut
-// into parts before the kernel ahead ends. Block i sends each token's sums over slab i to the others
+// The kernel for few tokens: a group of blocks, a slab each, for up to 16 of them. Weights are read, and cut
+// into parts where processors are free, before the kernel ahead ends. Block i sends each token's sums over slab i to the others
 // (hc_words.cuh): every block makes the factors of all its group's tokens and collapses its own columns,
 // exchanges their squares for the RMSNorm, and makes the FP8 form. Block t also makes post and comb of
 // token t. The sums are those of hc_tiles.cuh in the same order, norm and codes those of kernels/quant_rows.
@@ -17,16 +17,57 @@ constexpr int kClusters = 2, kClusterTokens = 4;
 constexpr int kFewSums = kFewTile * kRecord;
 constexpr int kTokenBytes = kStreams * kSlab * 2;
 
-// Shared memory: streams as they came, those made of them, `a`, the factors of hc_post, sums of the units,
-// the norm's weight, what other blocks send.
+// Shared memory: streams as they came, `a`, the factors of hc_post, the norm's weight; the weight as it came,
+// and over it, when it has been cut, streams that were made and the sums of the units; what other blocks send.
 struct FewLayout {
-  static constexpr int kMade = kFewTile * kTokenBytes;
-  static constexpr int kA = 2 * kMade;
+  static constexpr int kA = kFewTile * kTokenBytes;
   static constexpr int kFactors = kA + kFewTile * kSlab * 4;
-  static constexpr int kPartial = kFactors + kFewTile * 20 * 4;
-  static constexpr int kWeight = kPartial + kUnits * kFewSums * 4;
-  static constexpr int kRoom = kWeight + kSlab * 4;
+  static constexpr int kNorm = kFactors + kFewTile * 20 * 4;
+  static constexpr int kRaw = kNorm + kSlab * 4;
+  static constexpr int kMade = kRaw;
+  static constexpr int kPartial = kMade + kFewTile * kTokenBytes;
+  static constexpr int kRawRow = kSlab * 4 + 32;  // bytes of a row of a stream; eight rows start in other banks
+  static constexpr int kBars = kRaw + kStreams * 24 * kRawRow;
+  static constexpr int kRoom = kBars + kStreams * 8;
+  static_assert(kPartial + kUnits * kFewSums * 4 <= kBars, "what lies over the weight");
 };
+
+// The slab's weight of a stream on its way, by a warp. Loads of what each thread multiplies would touch eight
+// rows each, which takes the processor twice as long.
+template <Mode kMode>
+__device__ __forceinline__ void bring_weight(const Arguments& args, char* memory, int slab, int stream,
+                                             int lane) {
+  constexpr int kRows = kMode == Mode::kHead ? kStreams : 24;
+  const uint32_t bar = smem_address(memory + FewLayout::kBars) + stream * 8;
+  if (lane == 0) {
+    mbar_init(bar, 1);
+    mbar_fence_init();
+    expect_bytes(bar, kRows * kSlab * 4);
+  }
+  __syncwarp();
+  if (lane >= kRows) return;
+  bulk_copy(smem_address(memory + FewLayout::kRaw) + (stream * 24 + lane) * FewLayout::kRawRow,
+            args.fn + ((int64_t)lane * kStreams + stream) * args.dim + slab * kSlab, kSlab * 4, bar);
+}
+// As load_raw, from shared memory.
+template <Mode kMode>
+__device__ __forceinline__ void take_raw(RawWeight& raw, const char* memory, int unit, int lane) {
+  constexpr int kMixes = kMode == Mode::kHead ? kStreams : 24;
+  const char* from = memory + FewLayout::kRaw + (unit / 4 * 24 + lane / 4) * FewLayout::kRawRow +
+                     (unit % 4 * 64 + lane % 4 * 2) * 4;
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const char* at = from + i * 8 * FewLayout::kRawRow + (step * 16 + half * 8) * 4;
+        raw.row[i][step][half] = lane / 4 + 8 * i < kMixes ? *reinterpret_cast<const float2*>(at)
+                                                           : make_float2(0.0f, 0.0f);
+      }
+    }
+  }
+}
 
 // Where eight columns, a piece of 0..31, of a token's stream lie: those of eight tokens in different banks.
 __device__ __forceinline__ int few_piece(int token, int stream, int piece) {
@@ -58,7 +99,7 @@ struct Columns {
       is_float = args.a_is_float;
       a = reinterpret_cast<const char*>(args.a) +
           ((group.first + own) * args.a_token + group.slab * kSlab) * size + lane * 16;
-      a_to = smem_address(memory + L::kA + own * kSlab * 4 + (lane ^ own & 7) * 16);
+      a_to = smem_address(memory + L::kA + own * kSlab * 4 + lane * 16);
       factors = reinterpret_cast<const char*>(lane == 0 ? args.post_in + (group.first + own) * 4
                                                         : args.comb_in + (group.first + own) * 16) +
                 (lane == 0 ? 0 : lane - 1) * 16;
@@ -84,62 +125,43 @@ struct Columns {
   bool has_factors;
 };
 
-// The factors of hc_post that a stream of a token needs.
-struct MakeFactors {
-  float post, comb[kStreams];
-  __device__ __forceinline__ MakeFactors(const char* memory, int token, int stream) {
-    const float* from = reinterpret_cast<const float*>(memory + FewLayout::kFactors) + token * 20 + stream;
-    post = from[0];
-#pragma unroll
-    for (int j = 0; j < kStreams; ++j) comb[j] = from[4 + j * 4];
-  }
-};
-
-// hc_post where the products want it: pieces `first` .. of a stream of eight tokens, as load_matrices would give
-// them, and to shared memory for the other warps.
-__device__ __forceinline__ void make_pieces(uint32_t (&made)[4], const Arguments& args, char* memory,
-                                            const MakeFactors& factors, int tokens, int stream, int first,
-                                            int lane) {
+// hc_post: a thread makes two columns of all streams of a token.
+__device__ __forceinline__ void make_columns(const Arguments& args, char* memory, const Group& group) {
   using L = FewLayout;
-  const int row = tokens + lane % 8, piece = first + lane / 8, own = tokens + lane / 4;
-  uint32_t old[kStreams][4], a[4];
-#pragma unroll
-  for (int j = 0; j < kStreams; ++j) {
-    load_matrices(old[j], smem_address(memory + few_piece(row, j, piece)));
-  }
-  if (args.a_is_float) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int quad = ((first + i) * 2 + lane % 4 / 2) ^ (own & 7);
-      const float2 wide =
-          *reinterpret_cast<const float2*>(memory + L::kA + own * kSlab * 4 + quad * 16 + lane % 2 * 8);
-      a[i] = pack_bf16(wide.x, wide.y);
-    }
-  } else {
-    load_matrices(a, smem_address(memory + L::kA + row * kSlab * 4 + (piece ^ row & 7) * 16));
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t word[kStreams] = {old[0][i], old[1][i], old[2][i], old[3][i]};
-    made[i] = mix_pair(factors.post, factors.comb, a[i], word);
-    *reinterpret_cast<uint32_t*>(memory + L::kMade + few_piece(own, stream, first + i) + lane % 4 * 4) = made[i];
-  }
-}
-
-// The streams that hc_post made, from shared memory.
-__device__ __forceinline__ void store_made(const Arguments& args, const char* memory, const Group& group) {
 #pragma unroll 1
-  for (int i = threadIdx.x; i < group.live * (kTokenBytes / 16); i += kFewThreads) {
-    const int token = i / (kTokenBytes / 16), stream = i / 32 % kStreams, piece = i % 32;
-    __nv_bfloat16* to = args.streams + ((group.first + token) * kStreams + stream) * args.dim +
-                        group.slab * kSlab + piece * 8;
-    *reinterpret_cast<uint4*>(to) =
-        *reinterpret_cast<const uint4*>(memory + FewLayout::kMade + few_piece(token, stream, piece));
+  for (int i = threadIdx.x; i < group.live * (kSlab / 2); i += kFewThreads) {
+    const int token = i / (kSlab / 2), pair = i % (kSlab / 2), within = pair % 4 * 4;
+    const float4* factors = reinterpret_cast<const float4*>(memory + L::kFactors) + token * 5;
+    const char* from = memory + L::kA + token * kSlab * 4;
+    uint32_t a;
+    if (args.a_is_float) {
+      const float2 wide = reinterpret_cast<const float2*>(from)[pair];
+      a = pack_bf16(wide.x, wide.y);
+    } else {
+      a = reinterpret_cast<const uint32_t*>(from)[pair];
+    }
+    uint32_t old[kStreams];
+    float4 comb[kStreams];
+    const float4 post = factors[0];
+#pragma unroll
+    for (int j = 0; j < kStreams; ++j) {
+      old[j] = *reinterpret_cast<const uint32_t*>(memory + few_piece(token, j, pair / 4) + within);
+      comb[j] = factors[1 + j];
+    }
+    __nv_bfloat16* to =
+        args.streams + (group.first + token) * kStreams * args.dim + group.slab * kSlab + pair * 2;
+#pragma unroll
+    for (int k = 0; k < kStreams; ++k) {
+      const float mix[kStreams] = {(&comb[0].x)[k], (&comb[1].x)[k], (&comb[2].x)[k], (&comb[3].x)[k]};
+      const uint32_t made = mix_pair((&post.x)[k], mix, a, old);
+      *reinterpret_cast<uint32_t*>(memory + L::kMade + few_piece(token, k, pair / 4) + within) = made;
+      *reinterpret_cast<uint32_t*>(to + k * args.dim) = made;
+    }
   }
 }
 
-// Has the weight cut here, while columns are under way: the compiler would put it off to the products. `few` is
-// never negative.
+// Has the weight cut here: the compiler would put that off until everyone waits for the products. `few` is
+// never negative, so nothing is stored.
 template <Mode kMode>
 __device__ __forceinline__ void cut_here(const Step (&weight)[kSteps], int few, const char* memory) {
   uint32_t all = 0;
@@ -224,40 +246,51 @@ __global__ void __launch_bounds__(kFewThreads, 1) few_kernel(const __grid_consta
   // What no kernel ahead writes: weights.
   asm volatile("griddepcontrol.launch_dependents;");
   exchange.announce(!kHead, norms);
-  RawWeight raw;
-  load_raw<kMode>(raw, args, group.slab, warp, lane);
+  if (warp % 4 == 0) bring_weight<kMode>(args, memory, group.slab, warp / 4, lane);
   const int size = args.norm_is_float ? 4 : 2;
   if (norms && thread < kSlab * size / 16) {
-    copy16_async(smem_address(memory + L::kWeight) + thread * 16,
+    copy16_async(smem_address(memory + L::kNorm) + thread * 16,
                  static_cast<const char*>(args.norm_weight) + group.slab * kSlab * size + thread * 16, true);
   }
   const Affine affine = load_affine<kMode>(args, lane < kStreams ? lane : kSquares);
   exchange.meet();
+  __syncthreads();  // every warp sees the barriers
   Columns<kMode> columns(args, memory, group, warp, lane);
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  exchange.start();
-  columns.bring();
+  auto bring_columns = [&] {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    exchange.start();
+    columns.bring();
+  };
+  // A launch of few blocks mostly finds processors free while the kernel ahead runs, and then has its weight cut
+  // when that ends. In one of more blocks the columns do not wait for the weight.
+  const bool early = gridDim.x <= kFewBlocks;
+  if (!early) bring_columns();
+  wait_together(smem_address(memory + L::kBars) + warp / 4 * 8);
   Step weight[kSteps];
+  {
+    RawWeight raw;
+    take_raw<kMode>(raw, memory, warp, lane);
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step) split_step(weight[step], raw, step);
+    for (int step = 0; step < kSteps; ++step) split_step(weight[step], raw, step);
+  }
   cut_here<kMode>(weight, args.few, memory);
+  if (early) bring_columns();
   copies_wait_all();
   __syncthreads();
-  constexpr bool kMakes = kMode == Mode::kPostPre;
-  const char* streams = memory + (kMakes ? L::kMade : 0);
+  const char* streams = memory;
+  if constexpr (kMode == Mode::kPostPre) {
+    make_columns(args, memory, group);
+    streams += L::kMade;
+    __syncthreads();
+  }
   for (int half = 0; half * 8 < group.live; ++half) {
     // Rows of tokens that are not there hold anything: no other row depends on them.
     Sums sums = {};
-    const MakeFactors factors(memory, half * 8 + lane / 4, warp / 4);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       uint32_t x[4];
-      const int first_piece = warp % 4 * 8 + i * 4;
-      if constexpr (kMakes) {
-        make_pieces(x, args, memory, factors, half * 8, warp / 4, first_piece, lane);
-      } else {
-        load_matrices(x, smem_address(memory + few_piece(half * 8 + lane % 8, warp / 4, first_piece + lane / 8)));
-      }
+      const int piece = warp % 4 * 8 + i * 4 + lane / 8;
+      load_matrices(x, smem_address(streams + few_piece(half * 8 + lane % 8, warp / 4, piece)));
       mix_step<kMode>(sums, weight[i * 2], x[0], x[1]);
       mix_step<kMode>(sums, weight[i * 2 + 1], x[2], x[3]);
     }
@@ -273,7 +306,6 @@ __global__ void __launch_bounds__(kFewThreads, 1) few_kernel(const __grid_consta
       sum += from[unit * kFewSums] + from[(unit + 1) * kFewSums];
     }
     exchange.template send_sums<kHead ? kStreams : 24>(warp, lane, sum);
-    if constexpr (kMakes) store_made(args, memory, group);
     sum = exchange.gate_sums(warp, lane);
     const float squares = __shfl_sync(~0u, sum, kStreams);
     const float gate = sigmoid(logit_of(args, sum, squares, affine)) + args.eps;
@@ -289,14 +321,11 @@ __global__ void __launch_bounds__(kFewThreads, 1) few_kernel(const __grid_consta
       exchange.send_squares(warp, lane, add_lanes(square_of(collapsed)));
       const float total = add_lanes(exchange.squares(warp, lane));
       const float factor = rsqrtf(total / static_cast<float>(args.dim) + args.rms_eps);
-      store_normed(args, first + warp, group.slab, memory + L::kWeight, collapsed, factor, lane);
+      store_normed(args, first + warp, group.slab, memory + L::kNorm, collapsed, factor, lane);
     } else {
       *reinterpret_cast<uint4*>(args.out + (first + warp) * args.dim + group.slab * kSlab + lane * 8) =
           collapsed;
     }
-  }
-  if constexpr (kMakes) {
-    if (warp >= group.live) store_made(args, memory, group);
   }
   if constexpr (!kHead) {
     if (group.finishes() && warp >= kFirstPart && warp < kFirstPart + Exchange::kPartWarps) {

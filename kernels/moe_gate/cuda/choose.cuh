@@ -87,34 +87,19 @@ __device__ __forceinline__ int choose_in_turn(uint32_t (&key)[kPer], int k, int 
   return mine;
 }
 
-// The k-th largest number of a warp's lanes, 0 if there are fewer. In turn: the fewest instructions.
-__device__ __forceinline__ uint32_t kth_in_turn(uint32_t mine, int k, int lane) {
-  uint32_t largest = 0;
-  for (int i = 0; i < k; ++i) {
-    largest = __reduce_max_sync(kAll, mine);
-    const int owner = __ffs(static_cast<int>(__ballot_sync(kAll, mine == largest))) - 1;
-    mine = lane == owner ? 0u : mine;
-  }
-  return largest;
-}
-// The same: every lane counts those above its own, which no instruction waits for.
-__device__ __forceinline__ uint32_t kth_at_once(uint32_t mine, int k) {
-  int above = 0;
-#pragma unroll
-  for (int i = 0; i < 32; ++i) above += __shfl_sync(kAll, mine, i) > mine ? 1 : 0;
-  return __reduce_min_sync(kAll, above < k ? mine : 0xFFFFFFFFu);
-}
-
 // Lane i < k gets the expert with the (i + 1)-th largest key, ties to the smaller expert. Lane l holds the
 // keys of experts kPer * l .. : among equals the first lane, and in it the first key, is the smallest. No
 // chosen key is below the k-th largest of the lanes' largest ones: few keys are left, and a lane ranks one.
-// kAlone: the warp has its processor for itself.
-template <int kPer, bool kAlone>
+template <int kPer>
 __device__ __forceinline__ int choose(uint32_t (&key)[kPer], int k, int lane, uint64_t* room) {
-  uint32_t rest = key[0];
+  uint32_t rest = key[0], bar = 0;
 #pragma unroll
   for (int j = 1; j < kPer; ++j) rest = max(rest, key[j]);
-  const uint32_t bar = kAlone ? kth_at_once(rest, k) : kth_in_turn(rest, k, lane);
+  for (int i = 0; i < k; ++i) {
+    bar = __reduce_max_sync(kAll, rest);
+    const int owner = __ffs(static_cast<int>(__ballot_sync(kAll, rest == bar))) - 1;
+    rest = lane == owner ? 0u : rest;
+  }
   int count = 0;
 #pragma unroll
   for (int j = 0; j < kPer; ++j) count += key[j] >= bar ? 1 : 0;
@@ -143,7 +128,6 @@ __device__ __forceinline__ int choose(uint32_t (&key)[kPer], int k, int lane, ui
   __syncwarp();
   const uint64_t mine = lane < left ? room[lane] : 0;
   int rank = 0;
-#pragma unroll 4
   for (int i = 0; i < left; ++i) rank += room[i] > mine ? 1 : 0;
   __syncwarp();
   if (rank < k) room[rank] = mine;  // lanes from `left` on rank behind all, and left >= k
@@ -169,15 +153,10 @@ __device__ __forceinline__ void store_row(const Arguments& args, int64_t row, in
   const bool wrong = __any_sync(kAll, lane < args.k && expert < 0);
   float total = 0.0f;
   int rank = 0;
-  for (int first = 0; first < args.k; first += 8) {  // eight at once: none waits for another
-#pragma unroll
-    for (int i = first; i < first + 8; ++i) {
-      const int other = __shfl_sync(kAll, expert, i);
-      const float part = __shfl_sync(kAll, score, i);
-      if (i >= args.k) continue;
-      total += part;
-      rank += other < expert || (other == expert && i < lane) ? 1 : 0;
-    }
+  for (int i = 0; i < args.k; ++i) {
+    const int other = __shfl_sync(kAll, expert, i);
+    total += __shfl_sync(kAll, score, i);
+    rank += other < expert || (other == expert && i < lane) ? 1 : 0;
   }
   if (lane >= args.k) return;
   const int64_t at = row * args.k + rank;

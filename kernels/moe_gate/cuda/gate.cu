@@ -7,15 +7,20 @@
 // add the segments in order and make scores, one warp chooses.
 // Many tokens: the product of kernels/linear writes logits, a warp chooses for a token. An element's sum has
 // the same bits in all tiles of that product (kernels/linear/cuda/dense.cuh), and here.
+#include "../../linear/cuda/dense.cuh"
 #include "../../linear/cuda/dense_host.cuh"
 #include "choose.cuh"
 #include "launch.cuh"
-#include "products.cuh"
 
 namespace causeway {
 namespace gate {
 
+constexpr int kExperts = 16;  // of a block
 constexpr int kRowWarps = 8;  // of a block that chooses for many tokens
+
+// Rows, and stages of the ring: those of all of a segment where 7168 columns fit.
+template <int kRows, int kStages>
+using Shape = DenseShape<kRows, 1, kExperts, kStages, true, 1, false, 1>;
 
 __device__ __forceinline__ uint64_t word_of(float value, uint32_t tag) {
   return static_cast<uint64_t>(tag) << 32 | __float_as_uint(value);
@@ -43,11 +48,19 @@ __device__ __forceinline__ void leave(const Arguments& args) {
 
 // The sums of one segment and 16 experts, on their way.
 template <class S>
-__device__ __forceinline__ void send_segment(const DenseArguments& product, const Arguments& args,
-                                             const Place<S>& place, int warp, int lane, uint32_t tag) {
+__device__ __forceinline__ void send_segment(uint8_t* shared, const DenseArguments& product,
+                                             const Arguments& args, const Place<S>& place, int warp,
+                                             int lane, uint32_t tag) {
   if (place.first_step >= place.last_step) return;
+  Products<S> products(shared, product, place, warp);
   float acc[S::kParts];
-  multiply<S>(acc, place, warp, lane);
+  products.start(acc, place.first_step, true);
+  products.next(true);
+  for (int step = place.first_step + 1; step < place.last_step; ++step) {
+    products.start(acc, step, false);
+    products.next(false);
+  }
+  products.finish(acc);
   const int segment = blockIdx.x % kSegments;
   const int column = static_cast<int>(blockIdx.x) / kSegments * kExperts + (lane & 3) * 2;
 #pragma unroll
@@ -93,7 +106,7 @@ __device__ __forceinline__ float2 receive(const uint64_t* from, int pitch, int s
 
 // kPer: experts of a lane.
 template <class S, int kPer>
-__global__ void __launch_bounds__(S::kThreads, 2) few_kernel(
+__global__ void __launch_bounds__(S::kThreads, 1) few_kernel(
     const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
     const __grid_constant__ DenseArguments product, const __grid_constant__ Arguments args) {
   extern __shared__ __align__(1024) uint8_t shared[];  // the swizzle asks for 1024
@@ -115,12 +128,11 @@ __global__ void __launch_bounds__(S::kThreads, 2) few_kernel(
   __syncwarp();
   wait_for_previous();  // an earlier launch may still read the words and add to the counter
   const uint32_t tag = launch_tag(args);
-  if (warp < S::kWarps) send_segment<S>(product, args, place, warp, lane, tag);
+  if (warp < S::kWarps) send_segment<S>(shared, product, args, place, warp, lane, tag);
 
   // The ring is free once the block's products are done. The last blocks choose: all others have started.
   float* scores = reinterpret_cast<float*>(shared);
   uint32_t* keys = reinterpret_cast<uint32_t*>(scores + kMostExperts);
-  uint64_t* room = reinterpret_cast<uint64_t*>(keys + kMostExperts);
   const int segments = (product.k_steps + product.segment_steps - 1) / product.segment_steps;
   for (int row = gridDim.x - 1 - blockIdx.x; row < product.rows; row += gridDim.x) {
     int expert = args.table == nullptr || warp > 0 ? 0 : listed(args, row, lane);
@@ -151,7 +163,7 @@ __global__ void __launch_bounds__(S::kThreads, 2) few_kernel(
           const uint4 four = *reinterpret_cast<const uint4*>(keys + lane * kPer + j);
           key[j] = four.x, key[j + 1] = four.y, key[j + 2] = four.z, key[j + 3] = four.w;
         }
-        expert = choose<kPer, true>(key, args.k, lane, room);
+        expert = choose_in_turn<kPer>(key, args.k, lane);
       }
       store_row(args, row, lane, expert, lane < args.k && expert >= 0 ? scores[expert] : 0.0f);
     }
@@ -200,7 +212,7 @@ __global__ void __launch_bounds__(kRowWarps * 32) choose_kernel(const __grid_con
       const uint32_t real = key_of(score_of(logit[j]) + bias[j]);
       key[j] = lane * kPer + j < args.experts ? real : 0u;
     }
-    expert = choose<kPer, false>(key, args.k, lane, room[warp]);
+    expert = choose<kPer>(key, args.k, lane, room[warp]);
   }
   store_row(args, row, lane, expert, lane < args.k && expert >= 0 ? score_of(logits[expert]) : 0.0f);
 }
@@ -252,8 +264,8 @@ extern "C" int causeway_moe_gate_few(const void* x, int64_t x_stride, const void
   using namespace causeway::gate;
   const auto queue = static_cast<cudaStream_t>(stream);
   const auto run = product->rows <= 16   ? run_few<Shape<16, 28>>
-                   : product->rows <= 32 ? run_few<Shape<32, 18>>
-                                         : run_few<Shape<64, 11>>;
+                   : product->rows <= 32 ? run_few<Shape<32, 28>>
+                                         : run_few<Shape<64, 20>>;
   if (product->rows > 64) return cudaErrorInvalidValue;
   return run(x, x_stride, weight, weight_stride, dim, *product, *args, queue);
 }
