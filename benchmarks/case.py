@@ -23,7 +23,8 @@ DEEP_GEMM, FLASH_MLA = "sgl-deep-gemm 0.1.4.post1", "FlashMLA (sglang-kernel 0.4
 ROTATE_BYTES = 256 << 20  # more than the L2 holds, several times
 _MAX_SETS = 64
 _MIN_CALLS = 16  # of a graph
-_TURNS = 7  # measured, after one that warms up
+_TURNS, _MOST_TURNS = 9, 60  # measured, after one that warms up
+_TURNS_US = 100_000.0  # what the turns of a case may take, if there are enough
 
 Call = Callable[[], object]
 Made = TypeVar("Made")
@@ -145,16 +146,16 @@ def integers(high: int, *shape: int) -> Tensor:
 def graph_us(variants: Mapping[str, Sequence[Call]]) -> dict[str, float]:
     """Median microseconds of one call of each variant, its calls replayed as one graph.
 
-    Variants take turns, so that the clocks, which move with the chip's temperature and power, are the
-    same for all.
+    Variants take turns, every other turn in the opposite order, so that the clocks, which move with the
+    chip's temperature and power, are the same for all. Short graphs take more turns.
     """
     graphs = {name: _captured(calls) for name, calls in variants.items()}
+    warm = sum(_between_events(graph.replay) for graph, _ in graphs.values())
+    turns = max(_TURNS, min(_MOST_TURNS, int(_TURNS_US / warm)))
     times: dict[str, list[float]] = {name: [] for name in graphs}
-    for turn in range(_TURNS + 1):
-        for name, (graph, count) in graphs.items():
-            us = _between_events(graph.replay) / count
-            if turn:  # the first warms up
-                times[name].append(us)
+    for turn in range(turns):
+        for name, (graph, count) in sorted(graphs.items(), reverse=bool(turn % 2)):
+            times[name].append(_between_events(graph.replay) / count)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

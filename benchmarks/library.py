@@ -54,15 +54,11 @@ def products(weights: Sequence[Fp8Weight], rows: QuantRows) -> list[Call]:
     return [partial(deep_gemm.fp8_gemm_nt, a, b, out, disable_ue8m0_cast=True) for b in pairs]
 
 
-def served_products(
-    weights: Sequence[Fp8Weight], rows: QuantRows, heights: int
-) -> dict[str, Sequence[Call]]:
-    """``linear_quant`` through the backend where its table serves the shape (at least ``heights`` rows)."""
+def served_products(weights: Sequence[Fp8Weight], rows: QuantRows) -> dict[str, Sequence[Call]]:
+    """``linear_quant`` through the backend where its table serves the shape."""
     impl = _when(DEEP_GEMM, "kernels.quant_gemm.deep_gemm_impl")
-    if impl is None:
-        return {}
     first = weights[0]
-    if heights < min(impl.FASTER.get((first.out_features, first.in_features), (1 << 30,))):
+    if impl is None or not impl.serves(rows, first, torch.bfloat16):
         return {}
     return {
         "deep_gemm": [

@@ -165,7 +165,7 @@ FASTER: dict[str, tuple[Implementation, ...]] = {
     "expert_ffn": _hopper("grouped_gemm", "two grouped FP8 products"),
     "linear_quant": (
         _optional(
-            "quant_gemm", "deep_gemm", DEEP_GEMM, "thousands of rows, some weights; else cuda"
+            "quant_gemm", "deep_gemm", DEEP_GEMM, "1024 rows and more of V4 weights; else cuda"
         ),
         *_hopper("quant_gemm", "FP8 tensor cores"),
     ),

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from pathlib import Path
 from unittest import mock
 
@@ -28,6 +29,7 @@ from kernels.dispatch import build, table
 from tests.kernels.op_cases.base import BF16, Case, own_kernels, public
 from tests.kernels.op_cases.table import CASES
 from tests.sanitize_known import Reports
+from tests.sanitize_more import CASES as MORE_CASES
 from tests.sanitize_more import more
 
 TOOLS = ("memcheck", "racecheck")
@@ -37,16 +39,38 @@ CUDA = torch.device("cuda")
 FIRST_PORT, PORTS = 49152, 10  # of a tool; parts that run side by side must not meet
 # Fewer rows than a tile, and more than one.
 COUNTS = (3, 150)
-# The same where the number of rows chooses one of many tiles.
-COUNTS_OF_PRODUCTS = (3, 20, 50, 100, 150)
-PRODUCTS = ("linear", "linear_quant", "grouped_output", "grouped_output_quant", "moe_gate")
+# The same where the number of rows chooses one of several kernels.
+OTHER_COUNTS = {
+    "linear_quant": (3, 20, 50, 100, 150),
+    "linear": (3, 20, 50, 100, 150),
+    "moe_gate": (3, 20, 50, 150),
+    "swiglu_quant": (3, 400),
+    "index_score": (3, 150, 300),
+    "index_topk": (3, 150, 300),
+}
+# Ops whose CUDA kernels take float32 rows too.
+FLOAT_ROWS = (
+    "quant_rows",
+    "rms_norm_quant",
+    "swiglu_quant",
+    "q_norm_rope",
+    "kv_norm_rope",
+    "kv_insert",
+    "qkv_norm_rope",
+    "index_query",
+    "compress",
+    "compress_insert",
+    "compress_decode",
+    "merge_lse",
+)
 
 
 def run_case(case: Case) -> None:
     """With few rows."""
-    for count in COUNTS_OF_PRODUCTS if case.op in PRODUCTS else COUNTS:
+    dtypes = (BF16, torch.float32) if case.op in FLOAT_ROWS else (BF16,)
+    for count, dtype in product(OTHER_COUNTS.get(case.op, COUNTS), dtypes):
         torch.manual_seed(count)
-        inputs = case.make(count, CUDA, BF16)
+        inputs = case.make(count, CUDA, dtype)
         inputs.call(public(case.op), inputs.rows)
         torch.cuda.synchronize()
 
@@ -55,7 +79,7 @@ def work(only: list[str], part: tuple[int, int] = (0, 1)) -> dict[str, Callable[
     """What has a text of ``only`` in its name, and of that a part, that CUDA C++ serves here."""
     language = table(CUDA)
     all_: dict[str, Callable[[], None]] = dict(more())
-    for case in CASES:
+    for case in (*CASES, *MORE_CASES):
         if case.gpu and language[case.op].name == "cuda":
             all_[str(case)] = partial(run_case, case)
     names = [name for name in all_ if any(text in name for text in only)]
@@ -84,7 +108,7 @@ def check(tool: str, arguments: list[str], port: int) -> str:
     """Run the work under ``tool`` in a process of its own; what is wrong, or nothing."""
     # What the process starts itself (compilers of Triton's kernels) is not looked at.
     command = ["compute-sanitizer", "--tool", tool, "--target-processes", "application-only"]
-    command += ["--print-limit", "0", "--launch-timeout", "60", "--base-port", str(port)]
+    command += ["--print-limit", "0", "--launch-timeout", "60", "--port", str(port)]
     for text in FILTERS:
         command += ["--kernel-name", text]
     command += [sys.executable, __file__, "--run", *arguments]

@@ -14,7 +14,13 @@ from kernels.grouped_output import reference
 from kernels.linear import product
 from kernels.linear.api import PreparedWeight
 from kernels.linear.device_weight import Fp8Weight
-from kernels.quant_rows.api import BLOCK, QuantRows, empty_quant_rows, quant_rows
+from kernels.quant_rows.api import (
+    BLOCK,
+    QuantRows,
+    columns_argument,
+    empty_quant_rows,
+    quant_rows,
+)
 
 _FOLDER = Path(__file__).parent / "cuda"
 _SOURCES = (_FOLDER / "grouped.cu", _FOLDER / "grouped_shapes.h", *product.HEADERS)
@@ -67,13 +73,17 @@ def grouped_output_quant(
     """
     if not _serves(o, inv_freq, wo_a) or wo_a.out_features // num_groups % BLOCK:
         return quant_rows(grouped_output(o, positions, inv_freq, wo_a, num_groups))
-    out = empty_quant_rows(o.shape[0], wo_a.out_features, o.device)
+    out = empty_quant_rows(o.shape[0], wo_a.out_features, o.device, for_pieces=True)
     if out.q.numel():
+        columns, shift = columns_argument(out)
         arguments = product.Arguments(
             out=out.q.data_ptr(),
             out_stride=out.q.stride(0),
             scale=out.scale.data_ptr(),
             scale_stride=out.scale.stride(0),
+            columns=columns,
+            column_blocks=out.scale.shape[1],
+            column_shift=shift,
             out_kind=product.OUT_KIND[out.q.dtype],
         )
         _start("grouped_output_quant", o, positions, inv_freq, wo_a, num_groups, arguments)

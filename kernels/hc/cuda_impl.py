@@ -21,11 +21,14 @@ from kernels.hc import reference
 from kernels.hc.triton_impl import collapse as triton_collapse
 from kernels.hc.triton_impl import hc_post as hc_post
 from kernels.nvcc import check_launch, load_library, pointer, stream
-from kernels.quant_rows.api import QuantRows, empty_quant_rows, rms_norm_quant
+from kernels.quant_rows.api import QuantRows, columns_argument, empty_quant_rows, rms_norm_quant
 from kernels.triton_math import twin_for_float64
 
 _CUDA = Path(__file__).parent / "cuda"
-_SOURCES = [_CUDA / "hc.cu", *sorted(_CUDA.glob("*.cuh"))]
+_SOURCES = [
+    *(_CUDA / "hc.cu", *sorted(_CUDA.glob("*.cuh"))),
+    Path(__file__).parents[1] / "quant_rows" / "cuda" / "scale_columns.cuh",
+]
 _STREAMS, _SLAB, _TILE, _RING, _SUMS = 4, 256, 16, 10, 448  # as in the sources
 _FEW = 64  # tokens up to which clusters run
 _SLAB_WORDS = 32  # of a token and a slab
@@ -118,7 +121,7 @@ def collapse_norm(
         )
         return streams, *rms_norm_quant(out, norm_weight, rms_eps), post, comb
     normed = torch.empty((tokens, dim), dtype=x.dtype, device=x.device)
-    rows = empty_quant_rows(tokens, dim, x.device)
+    rows = empty_quant_rows(tokens, dim, x.device, for_pieces=True)
     streams, post, comb = _launch(
         x,
         fn,
@@ -187,6 +190,7 @@ def _launch(
         streams = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         a, old = _aligned(mixed[0]), tuple(_aligned(f.contiguous()) for f in mixed[1:])
     weight, rows, rms_eps = norm or (None, None, 0.0)
+    columns, shift = (None, 0) if rows is None else columns_argument(rows)
     code = load_library(*_SOURCES).causeway_hc(
         ctypes.c_int(_POST_PRE if mixed is not None else _PRE if iters else _HEAD),
         ctypes.c_int(few),
@@ -203,6 +207,8 @@ def _launch(
         ctypes.c_int64(0 if rows is None else rows.q.stride(0)),
         pointer(None if rows is None else rows.scale),
         ctypes.c_int64(0 if rows is None else rows.scale.stride(0)),
+        ctypes.c_void_p(columns),
+        ctypes.c_int(shift),
         pointer(ring),
         pointer(flags),
         ctypes.c_int64(tokens),

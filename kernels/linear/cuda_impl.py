@@ -13,6 +13,7 @@ from kernels.linear.api import PreparedWeight, WeightKind
 from kernels.linear.device_weight import Fp8Weight, PlainWeight
 from kernels.linear.reencode import fp8_from_fp4
 from kernels.quant_gemm.api import linear_quant
+from kernels.quant_gemm.pieces import weight_scale
 from kernels.quant_rows.api import quant_rows
 from kernels.weight import BlockWeight
 
@@ -46,11 +47,17 @@ def prepare_weight(weight: BlockWeight, *, dequantize: bool = False) -> Prepared
             kind=WeightKind.FP8,
             row_offset=weight.row_offset,
             col_offset=weight.col_offset,
+            float_scale=weight_scale(data, scale),
         )
     elif weight.row_offset == 0 and weight.col_offset == 0:
         codes = fp8_from_fp4(data, scale)
         if codes is not None:
-            made = Fp8Weight(data=codes[0], scale=codes[1], kind=WeightKind.FP4)
+            made = Fp8Weight(
+                data=codes[0],
+                scale=codes[1],
+                kind=WeightKind.FP4,
+                float_scale=weight_scale(*codes),
+            )
     if made is None:
         return reference.prepare_weight(weight)
     return cast("PreparedWeight", made)  # the same interface, other storage

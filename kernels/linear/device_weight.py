@@ -26,6 +26,7 @@ class Fp8Weight:
         kind: the checkpoint's format.
         row_offset: rows of the first block before ``data``, 0..127.
         col_offset: likewise for columns; activation blocks are aligned by it.
+        float_scale: the scales of a whole weight as float32, where an optional backend reads them.
     """
 
     data: Tensor
@@ -33,6 +34,7 @@ class Fp8Weight:
     kind: WeightKind
     row_offset: int = 0
     col_offset: int = 0
+    float_scale: Tensor | None = None
 
     @property
     def out_features(self) -> int:

@@ -25,6 +25,7 @@ HEADERS = (
     *sorted(_FOLDER.glob("*.*h")),
     _KERNELS / "quant_gemm" / "cuda" / "copy_engine.cuh",
     _KERNELS / "quant_rows" / "cuda" / "codes.cuh",
+    _KERNELS / "quant_rows" / "cuda" / "scale_columns.cuh",
 )
 _SOURCES = (*sorted(_FOLDER.glob("*.cu")), *HEADERS)
 _ALIGN = 8  # columns; rows start at multiples of 16 bytes for the copy engine
@@ -41,6 +42,9 @@ class Arguments(ctypes.Structure):
         ("out_stride", ctypes.c_int64),
         ("scale", ctypes.c_void_p),
         ("scale_stride", ctypes.c_int64),
+        ("columns", ctypes.c_void_p),
+        ("column_blocks", ctypes.c_int),
+        ("column_shift", ctypes.c_int),
         ("positions", ctypes.c_void_p),
         ("inv_freq", ctypes.c_void_p),
         ("rows", ctypes.c_int),

@@ -72,7 +72,7 @@ def multiply(tile: tuning.Tile, rows: QuantRows, w: Fp8Weight, out: Tensor) -> N
 def multiply_gated(tile: tuning.Tile, rows: QuantRows, w: Fp8Weight, *, limit: float) -> QuantRows:
     """One weight whose halves of whole blocks are gate and up, with the tile named."""
     width = w.out_features // 2
-    out = empty_quant_rows(rows.shape[0], width, rows.device)
+    out = empty_quant_rows(rows.shape[0], width, rows.device, for_pieces=True)
     data, scale = w.data.unsqueeze(0), w.scale.unsqueeze(0)
     cuda_launch.gated_product(
         tile, rows, data, scale, out, None, up_row=width, row_weight=None, limit=limit

@@ -13,15 +13,14 @@ from torch import Tensor
 from kernels import nvcc
 from kernels.contract import KernelContractError
 from kernels.quant_gemm import tuning
-from kernels.quant_rows.api import QuantRows
+from kernels.quant_rows.api import QuantRows, columns_argument
 
 _FOLDER = Path(__file__).parent / "cuda"
 _ROWS_FOLDER = Path(__file__).parents[1] / "quant_rows" / "cuda"
 _SOURCES = (
     *sorted(_FOLDER.glob("*.cu")),
     *sorted(_FOLDER.glob("*.*h")),
-    _ROWS_FOLDER / "codes.cuh",
-    _ROWS_FOLDER / "swiglu.cuh",
+    *sorted(_ROWS_FOLDER.glob("*.cuh")),
 )
 
 
@@ -58,6 +57,9 @@ class _GateArguments(ctypes.Structure):
         ("q_stride", ctypes.c_int64),
         ("scale", ctypes.c_void_p),
         ("scale_stride", ctypes.c_int64),
+        ("columns", ctypes.c_void_p),
+        ("column_blocks", ctypes.c_int),
+        ("column_shift", ctypes.c_int),
         ("row_weight", ctypes.c_void_p),
         ("limit", ctypes.c_float),
         ("up_row", ctypes.c_int),
@@ -132,11 +134,15 @@ def gated_product(
     ``out`` are the rows that ``swiglu_quant`` would make of the bfloat16 product.
     """
     weight = None if row_weight is None else row_weight.contiguous()
+    columns, shift = columns_argument(out)
     gate = _GateArguments(
         out.q.data_ptr(),
         out.q.stride(0),
         out.scale.data_ptr(),
         out.scale.stride(0),
+        columns,
+        out.scale.shape[1],
+        shift,
         None if weight is None else weight.data_ptr(),
         limit,
         up_row,

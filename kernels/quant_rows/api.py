@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels.contract import KernelContractError, check_tensor
 from kernels.dispatch import kernel
 from kernels.quant.api import num_blocks
+from kernels.quant_gemm.pieces import piece_height
 
 BLOCK = 128  # columns of one scale
 _ALIGN = 16  # bytes; rows of codes and of scales start at multiples of it
@@ -28,6 +29,9 @@ class QuantRows:
         q: e4m3 [M, k].
         scale: E8M0 bytes, uint8 [M, nblocks]; 255 stands for NaN (its codes are NaN as well).
         col_offset: columns of the first block that lie before the rows, 0..127.
+        scale_columns: the scales once more as float32 [pieces, nblocks, height] for products that an
+            optional backend serves in pieces of rows (``quant_gemm/pieces.py``); None where there is
+            none, or whoever made the rows does not write them. Past the last row they are unwritten.
 
     Rows of ``q`` and of ``scale`` start at multiples of 16 bytes (the tensors are slices of padded
     ones; ``empty_quant_rows`` makes them).
@@ -36,6 +40,7 @@ class QuantRows:
     q: Tensor
     scale: Tensor
     col_offset: int = 0
+    scale_columns: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -56,13 +61,34 @@ class QuantRows:
 
 
 def empty_quant_rows(
-    rows: int, columns: int, device: torch.device, *, col_offset: int = 0
+    rows: int,
+    columns: int,
+    device: torch.device,
+    *,
+    col_offset: int = 0,
+    for_pieces: bool = False,
 ) -> QuantRows:
-    """Unwritten rows in the layout that ``QuantRows`` promises."""
+    """Unwritten rows in the layout that ``QuantRows`` promises.
+
+    ``for_pieces``: whoever writes them also writes ``scale_columns`` where there are any.
+    """
     blocks = num_blocks(columns, BLOCK, col_offset)
     q = torch.empty(rows, _padded(columns), dtype=torch.float8_e4m3fn, device=device)
     scale = torch.empty(rows, _padded(blocks), dtype=torch.uint8, device=device)
-    return QuantRows(q=q[:, :columns], scale=scale[:, :blocks], col_offset=col_offset)
+    height = piece_height(rows, columns, device) if for_pieces and not col_offset else None
+    floats = None
+    if height is not None:
+        floats = torch.empty(-(-rows // height), blocks, height, device=device)
+    return QuantRows(
+        q=q[:, :columns], scale=scale[:, :blocks], col_offset=col_offset, scale_columns=floats
+    )
+
+
+def columns_argument(rows: QuantRows) -> tuple[int | None, int]:
+    """``scale_columns`` as kernels take them: address (or None) and the height's binary logarithm."""
+    if rows.scale_columns is None:
+        return None, 0
+    return rows.scale_columns.data_ptr(), rows.scale_columns.shape[2].bit_length() - 1
 
 
 def quant_rows(x: Tensor, *, amax: Tensor | None = None, col_offset: int = 0) -> QuantRows:

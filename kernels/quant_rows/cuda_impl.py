@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from kernels import nvcc
-from kernels.quant_rows.api import QuantRows, empty_quant_rows
+from kernels.quant_rows.api import QuantRows, columns_argument, empty_quant_rows
 from kernels.rms_norm.api import rms_norm
 
 _FOLDER = Path(__file__).parent / "cuda"
-_SOURCES = (_FOLDER / "quant_rows.cu", _FOLDER / "codes.cuh", _FOLDER / "swiglu.cuh")
+_SOURCES = (_FOLDER / "quant_rows.cu", *sorted(_FOLDER.glob("*.cuh")))
 _NORM_COLUMNS = 8192  # a row of more columns does not fit a thread block's registers
 
 
@@ -22,7 +22,8 @@ _NORM_COLUMNS = 8192  # a row of more columns does not fit a thread block's regi
 def _library() -> ctypes.CDLL:
     pointer, number, wide, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
     library = nvcc.load_library(*_SOURCES)
-    codes = (pointer, wide, pointer, wide, wide, number)  # q, scale, rows, columns
+    # q, scale, their float32 form by columns, rows and columns
+    codes = (pointer, wide, pointer, wide, pointer, number, wide, number)
     library.causeway_quant_rows.argtypes = (
         *(pointer, number, wide, pointer, wide),
         *codes,
@@ -48,7 +49,7 @@ def build() -> None:
 
 def quant_rows(x: Tensor, *, amax: Tensor | None = None, col_offset: int = 0) -> QuantRows:
     """See ``kernels.quant_rows.api.quant_rows``."""
-    out = empty_quant_rows(x.shape[0], x.shape[1], x.device, col_offset=col_offset)
+    out = empty_quant_rows(x.shape[0], x.shape[1], x.device, col_offset=col_offset, for_pieces=True)
     if out.q.numel() == 0:
         return out
     code = _library().causeway_quant_rows(
@@ -70,7 +71,7 @@ def swiglu_quant(
     g: Tensor, u: Tensor, *, limit: float, row_weight: Tensor | None = None
 ) -> QuantRows:
     """See ``kernels.quant_rows.api.swiglu_quant``."""
-    out = empty_quant_rows(g.shape[0], g.shape[1], g.device)
+    out = empty_quant_rows(g.shape[0], g.shape[1], g.device, for_pieces=True)
     if out.q.numel() == 0:
         return out
     weight = None if row_weight is None else row_weight.contiguous()
@@ -99,7 +100,7 @@ def rms_norm_quant(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Quant
         normed = rms_norm(x, weight, eps)
         return normed, quant_rows(normed)
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    out = empty_quant_rows(x.shape[0], x.shape[1], x.device)
+    out = empty_quant_rows(x.shape[0], x.shape[1], x.device, for_pieces=True)
     if out.q.numel() == 0:
         return normed, out
     code = _library().causeway_rms_norm_quant(
@@ -118,9 +119,10 @@ def rms_norm_quant(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Quant
     return normed, out
 
 
-def _codes(out: QuantRows) -> tuple[int, int, int, int, int, int]:
+def _codes(out: QuantRows) -> tuple[int | None, ...]:
     q, scale = out.q, out.scale
-    return q.data_ptr(), q.stride(0), scale.data_ptr(), scale.stride(0), *out.shape
+    lines = (q.data_ptr(), q.stride(0), scale.data_ptr(), scale.stride(0))
+    return *lines, *columns_argument(out), *out.shape
 
 
 def _wide(x: Tensor) -> bool:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
@@ -15,12 +18,18 @@ from kernels import (
     EntryPages,
     QuantRows,
     WindowRing,
+    grouped_output_quant,
+    hc_pre_norm,
+    linear_swiglu_quant,
     quant_fp8_weight,
     quant_rows,
+    rms_norm_quant,
+    swiglu_quant,
 )
 from kernels.backend import DEEP_GEMM, FLASH_MLA, Backend
 from kernels.linear.cuda_impl import prepare_weight
 from kernels.quant_gemm import cuda_impl as own_gemm
+from kernels.quant_gemm.pieces import FASTER, TALLEST, piece_height
 from kernels.sparse_attention import cuda_impl as own_attention
 from kernels.sparse_attention import reference as attention_reference
 from tests.kernels.attention_gpu import error, random_entries, random_ring
@@ -42,35 +51,131 @@ def implementation(module: str, backend: Backend) -> ModuleType:
 def test_deep_gemm_products_have_the_own_kernels_bits(n: int, k: int) -> None:
     gemm = implementation("kernels.quant_gemm.deep_gemm_impl", DEEP_GEMM)
     w = prepare_weight(BlockWeight(*quant_fp8_weight(torch.randn(n, k, device="cuda"))))
-    heights = gemm.FASTER[n, k]
-    whole = quant_rows(torch.randn(heights[0] + heights[-1] + 77, k, device="cuda"))
-    for count in (heights[0], heights[-1] + 5, whole.shape[0], heights[-1] - 1, 0):
-        rows = QuantRows(q=whole.q[:count], scale=whole.scale[:count])
-        got = gemm.linear_quant(rows, w, out_dtype=torch.bfloat16)
+    heights = FASTER[n, k]
+    x = torch.randn(2 * TALLEST + heights[-1] + 77, k, device="cuda")
+    for count in (*heights, 3 * heights[-1], heights[-1] + 5, x.shape[0], heights[-1] - 1, 0):
+        rows = quant_rows(x[:count])
+        with pieces_of(gemm) as multiplied:
+            got = gemm.linear_quant(rows, w, out_dtype=torch.bfloat16)
+        height = piece_height(count, k, x.device)
+        assert multiplied == ([height] * (count // height) if height else [])
+        assert (height is None) == (
+            (count % heights[-1] != 0 and count < 2 * TALLEST) or count == 0
+        )
         assert torch.equal(got, own_gemm.linear_quant(rows, w, out_dtype=torch.bfloat16))
-    part = QuantRows(q=whole.q[: heights[-1]], scale=whole.scale[: heights[-1]])
+    part = quant_rows(x[: heights[-1]])
     got = gemm.linear_quant(part, w, out_dtype=torch.bfloat16)
     want = part.values().double() @ w.matrix.double().t()
     assert float((got.double() - want).norm() / want.norm()) < GEMM_BOUND
-    half = gemm.linear_quant(part, w.rows(0, n // 2), out_dtype=torch.float32)
-    assert error(half, want[:, : n // 2]) < GEMM_BOUND
+
+
+def test_what_deep_gemm_does_not_take_goes_to_the_own_kernel() -> None:
+    gemm = implementation("kernels.quant_gemm.deep_gemm_impl", DEEP_GEMM)
+    n, k = 4096, 4096
+    w = prepare_weight(BlockWeight(*quant_fp8_weight(torch.randn(n, k, device="cuda"))))
+    rows = quant_rows(torch.randn(FASTER[n, k][-1], k, device="cuda"))
+    part = QuantRows(q=rows.q, scale=rows.scale)  # as a slice of rows, or rows of another rank
+    want = rows.values().double() @ w.matrix.double().t()
+    with pieces_of(gemm) as multiplied:
+        for some, weight, dtype in (
+            (part, w, torch.bfloat16),
+            (rows, w, torch.float32),
+            (rows, w.rows(0, n // 2), torch.bfloat16),
+            (rows, w.rows(5, n), torch.bfloat16),
+        ):
+            got = gemm.linear_quant(some, weight, out_dtype=dtype)
+            first = weight.row_offset
+            assert error(got, want[:, first : first + weight.out_features]) < GEMM_BOUND
+    assert not multiplied
+
+
+@pytest.mark.parametrize("k", [3072, 7168])
+@pytest.mark.parametrize("more", [0, 700])
+def test_makers_of_rows_write_scales_by_columns(k: int, more: int) -> None:
+    implementation("kernels.quant_gemm.deep_gemm_impl", DEEP_GEMM)
+    count = TALLEST * (2 if more else 1) + more
+    x = torch.randn(count, 2 * k, device="cuda") * torch.exp2(torch.randn(count, 1, device="cuda"))
+    x[7, 300] = float("nan")
+    narrow, weight = x.bfloat16(), torch.rand(k, device="cuda")
+    gate_up = prepare_weight(BlockWeight(*quant_fp8_weight(torch.randn(2 * k, 256, device="cuda"))))
+    made = {
+        "quant_rows": quant_rows(narrow[:, :k]),
+        "of float32": quant_rows(x[:, :k]),
+        "of odd columns": quant_rows(x[:, 1 : k + 1]),
+        "rms_norm_quant": rms_norm_quant(narrow[:, :k], weight, 1e-6)[1],
+        "swiglu_quant": swiglu_quant(narrow[:, :k], narrow[:, k:], limit=10.0),
+        "linear_swiglu_quant": linear_swiglu_quant(
+            quant_rows(narrow[:, :256]), gate_up, limit=10.0, hidden_dtype=torch.bfloat16
+        ),
+    }
+    if k == 7168:
+        streams = torch.randn(count, 4, k, device="cuda").bfloat16()
+        mix = torch.randn(24, 4 * k, device="cuda") * 0.01
+        scale, base = torch.rand(3, device="cuda"), torch.rand(24, device="cuda")
+        made["hc_pre_norm"] = hc_pre_norm(
+            streams, mix, scale, base, weight, iters=20, eps=1e-6, norm_eps=1e-6, rms_eps=1e-6
+        )[1]
+    for name, rows in made.items():
+        check_columns(name, rows, more)
+
+
+def test_the_grouped_output_writes_scales_by_columns() -> None:
+    implementation("kernels.quant_gemm.deep_gemm_impl", DEEP_GEMM)
+    count = 2 * TALLEST + 700
+    o = torch.randn(count, 16, 512, device="cuda").bfloat16()
+    wo_a = prepare_weight(BlockWeight(torch.randn(8192, 1024, device="cuda").bfloat16() * 0.03))
+    positions = torch.arange(count, device="cuda")
+    inv_freq = 10_000.0 ** -(torch.arange(32, device="cuda") / 32)
+    check_columns("rows", grouped_output_quant(o, positions, inv_freq, wo_a, 8), 700)
+
+
+def check_columns(name: str, rows: QuantRows, more: int) -> None:
+    """Every row's float32 scales are those of its bytes, in pieces, the last one not whole."""
+    assert rows.scale_columns is not None, name
+    pieces, blocks, height = rows.scale_columns.shape
+    assert (pieces, blocks) == (3 if more else 1, rows.scale.shape[1]), name
+    by_rows = rows.scale_columns.transpose(1, 2).reshape(pieces * height, blocks)[: rows.shape[0]]
+    bits = (rows.scale.int() << 23).masked_fill(rows.scale == 255, 0x7FC00000)
+    assert torch.equal(by_rows.contiguous().view(torch.int32), bits), name
+
+
+@contextmanager
+def pieces_of(gemm: ModuleType) -> Iterator[list[int]]:
+    """Heights of the pieces that DeepGEMM multiplies inside."""
+    seen: list[int] = []
+    multiply = gemm.multiply
+
+    def counted(q: torch.Tensor, *args: torch.Tensor) -> None:
+        seen.append(q.shape[0])
+        multiply(q, *args)
+
+    with mock.patch.object(gemm, "multiply", counted):
+        yield seen
 
 
 def test_deep_gemm_reads_neither_padding_nor_other_rows() -> None:
     gemm = implementation("kernels.quant_gemm.deep_gemm_impl", DEEP_GEMM)
     n, k = 4096, 4096
     w = prepare_weight(BlockWeight(*quant_fp8_weight(torch.randn(n, k, device="cuda"))))
-    height = gemm.FASTER[n, k][-1]
+    height = FASTER[n, k][-1]
     rows = quant_rows(torch.randn(height, k, device="cuda"))
+    want = gemm.linear_quant(rows, w, out_dtype=torch.bfloat16)
     wide = torch.full((height + 200, k + 64), 0x7F, dtype=torch.uint8, device="cuda")
     scale = torch.full((height + 200, 32), 0xFF, dtype=torch.uint8, device="cuda")
+    columns = torch.full((3, k // 128, height), float("nan"), device="cuda")
     wide[:height, :k] = rows.q.view(torch.uint8)
     scale[:height, : k // 128] = rows.scale
+    assert rows.scale_columns is not None
+    columns[1] = rows.scale_columns[0]
     poisoned = QuantRows(
-        q=wide.view(torch.float8_e4m3fn)[:height, :k], scale=scale[:height, : k // 128]
+        q=wide.view(torch.float8_e4m3fn)[:height, :k],
+        scale=scale[:height, : k // 128],
+        scale_columns=columns[1:2],
     )
-    got = gemm.linear_quant(poisoned, w, out_dtype=torch.bfloat16)
-    assert torch.equal(got, gemm.linear_quant(rows, w, out_dtype=torch.bfloat16))
+    with pieces_of(gemm) as multiplied:
+        got = gemm.linear_quant(poisoned, w, out_dtype=torch.bfloat16)
+    assert multiplied == [height]
+    assert torch.equal(got, want)
     assert torch.isfinite(got).all()
 
 

@@ -20,6 +20,7 @@ from kernels import (
     quant_rows,
     swiglu_quant,
 )
+from kernels.quant_gemm import pieces
 from tests.helpers.strided import microseconds
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -110,3 +111,33 @@ def test_benchmark_linear_quant() -> None:
     rows = quant_rows(torch.randn(64, 1024))
     us = microseconds(lambda: linear_quant(rows, w, out_dtype=torch.float32))
     print(f"linear_quant 64 x 512 x 1024: {us:.0f} us")
+
+
+def test_pieces_leave_little_to_the_own_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert pieces.piece_height(4096, 4096, cpu) is None  # no backend
+    monkeypatch.setattr(pieces, "_is_served", lambda device: True)
+    heights = {
+        count: pieces.piece_height(count, 4096, cpu)
+        for count in (0, 1, 1000, 1024, 1500, 2048, 3072, 4096, 4097, 6144, 8191, 8192, 9000)
+    }
+    assert {count: h for count, h in heights.items() if h} == {
+        **{1024: 1024, 2048: 2048, 3072: 1024, 4096: 4096, 6144: 2048, 8192: 4096, 9000: 4096}
+    }
+    assert pieces.piece_height(1024, 3072, cpu) is None  # not listed at this height
+    assert pieces.piece_height(4096, 512, cpu) is None  # nobody's columns
+
+
+def test_scales_of_a_whole_listed_weight_become_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "_is_served", lambda device: True)
+    n, k = 4096, 2048
+    data = torch.zeros(n, k, dtype=torch.float8_e4m3fn)
+    scale = torch.randint(0, 256, (n // 128, k // 128), dtype=torch.uint8)
+    scale[0, :2] = torch.tensor([0, 255])
+    got = pieces.weight_scale(data, scale)
+    assert got is not None
+    want = torch.exp2(scale.double() - 127).masked_fill(scale == 255, torch.nan)
+    assert torch.equal(got.double().nan_to_num(-1), want.nan_to_num(-1))
+    assert pieces.weight_scale(data[:, :-128], scale[:, :-1]) is None  # another shape
+    assert pieces.weight_scale(data.view(torch.uint8).t(), scale.t()) is None  # not in order
+    assert pieces.weight_scale(data, torch.cat((scale, scale[:1]))) is None  # starts inside a block

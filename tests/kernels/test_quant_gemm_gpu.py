@@ -110,10 +110,13 @@ def test_every_tile_and_batch_gives_the_same_bits() -> None:
 @pytest.mark.parametrize("count", [65, 128, 200, 1000])
 @pytest.mark.parametrize(
     ("n", "k", "first"),
-    [(4096, 2048, 0), (700, 128, 64), (1000, 384, 0), (336, 4224, 16), (40000, 640, 16)],
+    [
+        *((4096, 2048, 0), (700, 128, 64), (1000, 384, 0), (336, 4224, 16), (40000, 640, 16)),
+        (1100, 1792, 16),
+    ],
 )
 def test_every_tile_and_output_gives_the_same_bits(n: int, k: int, first: int, count: int) -> None:
-    """Tiles that hang over on either side, K that fills no stage, one and many tiles a block."""
+    """Tiles that hang over on either side, K of less, of whole and of more rings, one and many tiles."""
     from kernels.quant_gemm import cuda_impl, tuning
 
     w = prepare_weight(fp8(n, k)).rows(first, n)

@@ -57,8 +57,9 @@ cudaError_t launch(const Arguments& args, cudaStream_t stream) {
   kernel<<<args.groups * args.slabs, kAllThreads, kBytes, stream>>>(args, maps);
   code = cudaGetLastError();
   if (code != cudaSuccess || kMode == Mode::kHead) return code;
-  return EarlyLaunch{(args.tokens + 127) / 128, 128, stream}.start(comb_kernel, args.comb, args.tokens,
-                                                                   args.iters, args.eps);
+  EarlyLaunch behind{(args.tokens + 127) / 128, 128, stream};
+  if (args.code_columns.data != nullptr) behind.y = 1 + args.dim / 512;
+  return behind.start(comb_kernel, args);
 }
 
 }  // namespace hc
@@ -97,7 +98,8 @@ extern "C" int causeway_hc(int mode, int few, const void* x, int64_t x_token, in
                            const void* comb_in, const void* fn, const void* scale, const void* base,
                            const void* norm_weight, int norm_is_float, void* streams, void* out,
                            void* post, void* comb, void* codes, int64_t code_row, void* code_scale,
-                           int64_t code_scale_row, void* ring, void* flags, int64_t tokens, int dim,
+                           int64_t code_scale_row, void* code_columns, int code_shift, void* ring,
+                           void* flags, int64_t tokens, int dim,
                            int groups, int iters, float eps, float norm_eps, float rms_eps,
                            void* stream) {
   using namespace causeway::hc;
@@ -119,6 +121,7 @@ extern "C" int causeway_hc(int mode, int few, const void* x, int64_t x_token, in
   args.flags = static_cast<unsigned*>(flags);
   args.codes = static_cast<uint8_t*>(codes);
   args.code_scale = static_cast<uint8_t*>(code_scale);
+  args.code_columns = {static_cast<float*>(code_columns), dim / 128, code_shift};
   args.x_token = x_token;
   args.x_stream = x_stream;
   args.a_token = a_token;

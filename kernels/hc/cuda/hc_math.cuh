@@ -1,6 +1,7 @@
 // What both kernels of hc_pre, hc_head and hc_post_pre compute with: the weight's fragments, the mix of a
 // unit; in hc_factors.cuh the rest. The two kernels give the same bits because these are the same.
 #pragma once
+#include "../../quant_rows/cuda/scale_columns.cuh"
 #include "hopper.cuh"
 
 namespace causeway {
@@ -32,6 +33,7 @@ struct Arguments {
   unsigned* flags;
   uint8_t* codes;  // FP8 form of the normed row, one scale byte for 128 columns
   uint8_t* code_scale;
+  ScaleColumns code_columns;  // many tokens: the same bytes by columns
   int64_t x_token, x_stream, a_token, code_row, code_scale_row, tokens;
   int dim, slabs, groups, iters, norm_is_float, few;
   int a_is_float;  // few tokens: `a` holds float32, rounded as it is read

@@ -59,18 +59,27 @@ __device__ __forceinline__ void serve_tiles(const Arguments& args, uint32_t full
   }
 }
 
-// comb of every token from the logits that lie there.
-__global__ void __launch_bounds__(128) comb_kernel(float* comb, int64_t tokens, int iters, float eps) {
+// comb of every token from the logits that lie there; in further lines of blocks, where somebody wants them, the
+// scales of its FP8 row by columns, four to a thread.
+__global__ void __launch_bounds__(128) comb_kernel(const __grid_constant__ Arguments args) {
   asm volatile("griddepcontrol.wait;" ::: "memory");
   const int64_t token = (int64_t)blockIdx.x * 128 + threadIdx.x;
-  if (token >= tokens) return;
+  if (token >= args.tokens) return;
+  if (blockIdx.y > 0) {
+    const int block = (blockIdx.y - 1) * 4;
+    const uint32_t word = *reinterpret_cast<const uint32_t*>(args.code_scale + token * args.code_scale_row + block);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) args.code_columns.write(token, block + i, word >> (8 * i) & 255);
+    return;
+  }
+  float* comb = args.comb;
   float4 rows[kStreams];
 #pragma unroll
   for (int j = 0; j < kStreams; ++j) rows[j] = reinterpret_cast<const float4*>(comb + token * 16)[j];
   float c[16];
 #pragma unroll
   for (int n = 0; n < 16; ++n) c[n] = (&rows[n / 4].x)[n % 4];
-  finish_comb(c, iters, eps);
+  finish_comb(c, args.iters, args.eps);
   store_comb(comb + token * 16, c);
 }
 

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "../../quant_rows/cuda/scale_columns.cuh"
+
 namespace causeway {
 
 enum OutKind : int { kOutFloat = 0, kOutBfloat16 = 1, kOutCodes = 2 };
@@ -15,6 +17,7 @@ struct DenseArguments {
   int64_t out_stride;        // elements
   uint8_t* scale;            // codes: E8M0 byte of each row and 128 columns
   int64_t scale_stride;      // bytes
+  ScaleColumns columns;
   const int64_t* positions;  // rope: [rows]
   const float* inv_freq;     // rope: [32]
   int rows;

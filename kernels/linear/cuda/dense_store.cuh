@@ -111,8 +111,9 @@ __device__ __forceinline__ void emit_codes(
           static_cast<uint16_t>(code_pair(rounded(sum[i]), rounded(sum[i + 1]), inverse));
     }
     if ((lane & 3) == 0 && row < args.rows) {
-      args.scale[row * args.scale_stride + (tile.group * args.n + tile.column) / 128] =
-          static_cast<uint8_t>(byte);
+      const int block = (tile.group * args.n + tile.column) / 128;
+      args.scale[row * args.scale_stride + block] = static_cast<uint8_t>(byte);
+      args.columns.write(row, block, byte);
     }
   }
   __syncwarp();
@@ -142,8 +143,9 @@ __device__ __forceinline__ void store_quad(
     const uint32_t codes = code_pair(v.x, v.y, inverse) | (code_pair(v.z, v.w, inverse) << 16);
     *reinterpret_cast<uint32_t*>(output_line<uint8_t>(args, tile, row) + column) = codes;
     if (lane == 0) {
-      args.scale[row * args.scale_stride + (tile.group * args.n + column) / 128] =
-          static_cast<uint8_t>(byte);
+      const int block = (tile.group * args.n + column) / 128;
+      args.scale[row * args.scale_stride + block] = static_cast<uint8_t>(byte);
+      args.columns.write(row, block, byte);
     }
     return;
   }

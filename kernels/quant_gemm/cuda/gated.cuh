@@ -50,6 +50,7 @@ __device__ __forceinline__ void store_gated(
     const int row = upper + half * 8;
     if ((lane & 3) == 0 && row < tile.row_end) {
       gated.scale[row * gated.scale_stride + block] = static_cast<uint8_t>(byte);
+      gated.columns.write(row, block, byte);
     }
     const int local = lane / 4 + half * 8;
 #pragma unroll

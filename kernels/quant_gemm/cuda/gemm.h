@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "../../quant_rows/cuda/scale_columns.cuh"
+
 namespace causeway {
 
 struct GemmArguments {
@@ -37,6 +39,7 @@ struct GateArguments {
   int64_t q_stride;          // bytes
   uint8_t* scale;            // [rows, n / 128], E8M0
   int64_t scale_stride;      // bytes
+  ScaleColumns columns;
   const float* row_weight;   // [rows] or null
   float limit;
   int up_row;                // a multiple of 128

@@ -234,6 +234,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(S::kThreads, 1)
 template <class S>
 int launch_group(const Maps& maps, const GemmArguments& args, const GateArguments& gate, int grid,
                  cudaStream_t stream) {
+  if (args.offsets == nullptr) return cudaErrorInvalidValue;  // tiles of many weights only
   return launch<S>(group_kernel<S>, grid / 2 * 2, stream, maps, args, gate);
 }
 

@@ -7,6 +7,7 @@
 
 #include "gemm.h"
 #include "hopper.cuh"
+#include "row_scales.cuh"
 #include "tiles.cuh"
 
 namespace causeway {
@@ -55,7 +56,7 @@ class GroupWalk {
     uint32_t found;
     while ((found = __ballot_sync(kAll, next_ < end_)) == 0) {
       window_ += kWindow;
-      if (args_.offsets == nullptr || window_ >= args_.groups) return {0, -1, 0, 0};
+      if (window_ >= args_.groups) return {0, -1, 0, 0};
       base_ = __shfl_sync(kAll, end_, 31);
       load();
     }
@@ -102,14 +103,9 @@ class GroupWalk {
 
   __device__ __forceinline__ void load() {
     const int lane = threadIdx.x % 32, group = window_ + 2 * lane;
-    if (args_.offsets == nullptr) {
-      start_ = lane == 0 ? 0 : args_.rows;
-      middle_ = stop_ = args_.rows;
-    } else {
-      start_ = static_cast<int>(args_.offsets[min(group, args_.groups)]);
-      middle_ = static_cast<int>(args_.offsets[min(group + 1, args_.groups)]);
-      stop_ = static_cast<int>(args_.offsets[min(group + 2, args_.groups)]);
-    }
+    start_ = static_cast<int>(args_.offsets[min(group, args_.groups)]);
+    middle_ = static_cast<int>(args_.offsets[min(group + 1, args_.groups)]);
+    stop_ = static_cast<int>(args_.offsets[min(group + 2, args_.groups)]);
     end_ = units(middle_ - start_) + units(stop_ - middle_);
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
@@ -135,27 +131,22 @@ class GroupScales {
 
   // Loads the first scales of a tile. Those of the tile before are then in `step`'s last words.
   __device__ __forceinline__ void open(const Tile& tile) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      row_[i] = static_cast<uint32_t>(min(tile.row + lane_ + 32 * i, args_.rows - 1)) * args_.a_scale_stride;
-    }
+    rows_.open(args_, tile.row, lane_);
     // Eight lanes each: both products of the first warpgroup's columns, and of the second's where they differ.
     const int column = tile.column + (lane_ >> 4) * S::kColumns + (lane_ >> 3 & 1) * apart_;
     weight_ = weight_of(tile) * args_.b_scale_group + min(column / 128, args_.n_blocks - 1) * args_.b_scale_stride;
-    load_rows(0);
     load_weight(0);
   }
 
   // To the four blocks from kb on of the tile; `next` comes after it.
   __device__ __forceinline__ void step(int kb, const Tile& next) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) word_[i] = next_[i];
+    rows_.step();
     if ((kb & 7) == 0) {
       weight_byte_ = next_weight_;
       if (kb + 8 < args_.k_blocks) load_weight(kb + 8);
     }
     if (kb + 4 < args_.k_blocks) {
-      load_rows(kb + 4);
+      rows_.load(args_, kb + 4);
     } else if (next.row_end >= 0) {
       open(next);
     }
@@ -165,23 +156,20 @@ class GroupScales {
   __device__ __forceinline__ void write(int kb, int i, int half, uint32_t rows, uint32_t weight) const {
     const uint32_t at = rows + ((lane_ & 16) + (lane_ & 7) * 2 + (lane_ >> 3 & 1)) * 4;
 #pragma unroll
-    for (int r = 0; r < 4; ++r) store_shared(at + r * 128, (word_[r] >> 8 * i & 255) << 23);
+    for (int r = 0; r < 4; ++r) store_shared(at + r * 128, rows_.byte(r, i) << 23);
     const uint32_t byte = __shfl_sync(0xFFFFFFFFu, weight_byte_, half * 16 + (lane_ & 1) * 8 + (kb & 7) + i);
     if (lane_ < 2) store_shared(weight + lane_ * 4, byte << 23);
   }
 
  private:
-  __device__ __forceinline__ void load_rows(int kb) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) next_[i] = __ldg(reinterpret_cast<const uint32_t*>(args_.a_scale + row_[i] + kb));
-  }
   __device__ __forceinline__ void load_weight(int kb) {
     next_weight_ = __ldg(args_.b_scale + weight_ + min(kb + lane_ % 8, args_.k_blocks - 1));
   }
 
   const GemmArguments& args_;
   int apart_, lane_;
-  uint32_t row_[4], weight_, next_[4], word_[4], next_weight_, weight_byte_;
+  RowScales<4, 1> rows_;
+  uint32_t weight_, next_weight_, weight_byte_;
 };
 
 }  // namespace causeway

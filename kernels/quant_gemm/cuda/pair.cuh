@@ -9,6 +9,7 @@
 #include <cuda_runtime.h>
 
 #include <type_traits>
+#include <utility>
 
 #include "cluster.cuh"
 #include "copy_engine.cuh"
@@ -19,6 +20,16 @@
 #include "wgmma_e4m3.cuh"
 
 namespace causeway {
+
+template <class Call, int... kNumbers>
+__device__ __forceinline__ void each_of(Call& call, std::integer_sequence<int, kNumbers...>) {
+  (call(std::integral_constant<int, kNumbers>()), ...);
+}
+// call(0), call(1), .. below End, as constants.
+template <int End, class Call>
+__device__ __forceinline__ void each_below(Call& call) {
+  each_of(call, std::make_integer_sequence<int, End>());
+}
 
 template <class S>
 __global__ void __cluster_dims__(S::kBlocks, 1, 1) __launch_bounds__(S::kThreads, 1)
@@ -105,10 +116,11 @@ __global__ void __cluster_dims__(S::kBlocks, 1, 1) __launch_bounds__(S::kThreads
     wait_for_previous();
     const uint32_t row_scale = stages + S::kScaleOffset + (warp * 16 + (lane / 4) * 2) * 4;
     float sum[S::kProducts][S::kParts], part[S::kParts];
-    auto start = [&](int product) {
-      const uint32_t a = stages + slot.stage * S::kStageBytes;
-      const uint32_t b = a + S::kABytes + product * (S::kProductColumns * kBlockK);
-      multiply<S::kProductColumns>(part, a + group_row * kBlockK, b);
+    const uint32_t left = operand(stages + group_row * kBlockK), right = operand(stages + S::kABytes);
+    auto start = [&](int product, int stage) {
+      const uint32_t at = stage * (S::kStageBytes / 16);
+      multiply_operands<S::kProductColumns>(part, left + at,
+                                            right + at + product * (S::kProductColumns * kBlockK / 16));
     };
 #pragma unroll
     for (int q = 0; q < S::kProducts; ++q) {
@@ -116,14 +128,16 @@ __global__ void __cluster_dims__(S::kBlocks, 1, 1) __launch_bounds__(S::kThreads
       for (int i = 0; i < S::kParts; ++i) sum[q][i] = 0.0f;
     }
     mbar_wait(full, 0);
-    start(0);
+    start(0, 0);
 
     // One block of K, whose first product is under way; and so is the next block's when it returns.
-    auto block = [&](auto of_tile) {
+    auto block = [&](auto of_tile, auto of_ring) {
       constexpr bool kLast = decltype(of_tile)::value;  // of the tile
-      const uint32_t release = released + slot.stage * 8;
-      const float2 of_rows = load_floats(row_scale + slot.stage * S::kScaleBytes);
-      const float2 of_weight = load_floats(stages + S::kWeightScaleOffset + slot.stage * S::kWeightScaleBytes);
+      constexpr int kStage = decltype(of_ring)::value;  // read where S::kWhole
+      const int stage = S::kWhole ? kStage : slot.stage;
+      const uint32_t release = released + stage * 8;
+      const float2 of_rows = load_floats(row_scale + stage * S::kScaleBytes);
+      const float2 of_weight = load_floats(stages + S::kWeightScaleOffset + stage * S::kWeightScaleBytes);
       float s[S::kGroups][2];
       const int lead = S::kGroup == 128 ? 0 : (args.row_offset + tile.column) & 127;
 #pragma unroll
@@ -146,13 +160,16 @@ __global__ void __cluster_dims__(S::kBlocks, 1, 1) __launch_bounds__(S::kThreads
           sum[q][i + 2] = fmaf(part[i + 2], f[1], sum[q][i + 2]);
           sum[q][i + 3] = fmaf(part[i + 3], f[1], sum[q][i + 3]);
         }
+        int next_stage = stage;
         if (q + 1 == S::kProducts) {
-          slot.next();
+          if constexpr (!S::kWhole) slot.next();
+          if constexpr (S::kWhole && kStage + 1 == S::kStages) slot.parity ^= 1;
+          next_stage = S::kWhole ? (kStage + 1) % S::kStages : slot.stage;
           if constexpr (kLast) tile = walk.next();
-          if (!kLast || tile.row_end >= 0) mbar_wait(full + slot.stage * 8, slot.parity);
+          if (!kLast || tile.row_end >= 0) mbar_wait(full + next_stage * 8, slot.parity);
         }
         // Without a further tile a product is made of anything: on one path only, the compiler would wait for it.
-        start((q + 1) % S::kProducts);
+        start((q + 1) % S::kProducts, next_stage);
         if constexpr (kLast) {
           if (lane == 0) bulk_wait_read();
           __syncwarp();
@@ -163,9 +180,21 @@ __global__ void __cluster_dims__(S::kBlocks, 1, 1) __launch_bounds__(S::kThreads
         }
       }
     };
+    using First = std::integral_constant<int, 0>;
+    using Last = std::integral_constant<int, S::kStages - 1>;
     while (tile.row_end >= 0) {
-      for (int kb = 0; kb + 1 < args.k_blocks; ++kb) block(std::false_type());
-      block(std::true_type());
+      if constexpr (S::kWhole) {
+        auto inner = [&](auto of_ring) { block(std::false_type(), of_ring); };
+        for (int kb = S::kStages; kb < args.k_blocks; kb += S::kStages) {
+          each_below<S::kStages - 1>(inner);
+          inner(Last());
+        }
+        each_below<S::kStages - 1>(inner);
+        block(std::true_type(), Last());
+      } else {
+        for (int kb = 0; kb + 1 < args.k_blocks; ++kb) block(std::false_type(), First());
+        block(std::true_type(), First());
+      }
     }
     wgmma_wait<0>();
     fence_regs(part);
@@ -177,6 +206,8 @@ __global__ void __cluster_dims__(S::kBlocks, 1, 1) __launch_bounds__(S::kThreads
 
 template <class S>
 int launch_pair(const Maps& maps, const GemmArguments& args, const GateArguments&, int grid, cudaStream_t stream) {
+  using Whole = WholeRings<S>;
+  if (args.k_blocks % S::kStages == 0) return launch<Whole>(pair_kernel<Whole>, grid, stream, maps, args);
   return launch<S>(pair_kernel<S>, grid, stream, maps, args);
 }
 

@@ -5,6 +5,7 @@
 
 #include "copy_engine.cuh"
 #include "hopper.cuh"
+#include "row_scales.cuh"
 #include "store.cuh"
 #include "tiles.cuh"
 
@@ -17,6 +18,7 @@ template <int BLOCKS, int BN, int PN, int STAGES>
 struct PairShape {
   static constexpr int kBlocks = BLOCKS, kBlockRows = 128, kRows = kBlocks * kBlockRows;  // kRows: of all blocks
   static constexpr int kColumns = BN, kStages = STAGES;
+  static constexpr bool kWhole = false;
   static constexpr int kProductColumns = PN, kProducts = BN / PN, kParts = PN / 2;
   static constexpr int kGroup = largest_common(BN, 128), kGroups = BN / kGroup;  // columns that share a scale
   static constexpr int kABytes = kBlockRows * kBlockK, kBBytes = BN * kBlockK;
@@ -34,6 +36,12 @@ struct PairShape {
 
   static_assert(kSharedBytes <= 232448, "more shared memory than a block may have");
   static_assert(BN % PN == 0 && PN * kBlockK % 1024 == 0 && BN / BLOCKS * kBlockK % 1024 == 0, "swizzled tiles");
+};
+
+// The same for a K of whole rings: every tile begins in the first stage, so that the compiler knows each block's.
+template <class S>
+struct WholeRings : S {
+  static constexpr bool kWhole = true;
 };
 
 // The tiles in the order in which pairs of blocks walk them: bands of columns, so that neighbours share both
@@ -73,26 +81,21 @@ class PairScales {
 
   // Loads the first scales of a tile. Those of the tile before are then in `step`'s last words.
   __device__ __forceinline__ void open(const Tile& tile) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      row_[i] = static_cast<uint32_t>(min(tile.row + lane_ + 32 * i, args_.rows - 1)) * args_.a_scale_stride;
-    }
+    rows_.open(args_, tile.row, lane_);
     const int line = (args_.row_offset + tile.column) / 128 + lane_ / 16;
     weight_ = static_cast<uint32_t>(min(line, args_.n_blocks - 1)) * args_.b_scale_stride;
-    load_rows(0);
     load_weight(0);
   }
 
   // To the four blocks from kb on of the tile; `next` comes after it.
   __device__ __forceinline__ void step(int kb, const Tile& next) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) word_[i] = next_[i];
+    rows_.step();
     if ((kb & 15) == 0) {
       weight_byte_ = next_weight_;
       if (kb + 16 < args_.k_blocks) load_weight(kb + 16);
     }
     if (kb + 4 < args_.k_blocks) {
-      load_rows(kb + 4);
+      rows_.load(args_, kb + 4);
     } else if (next.row_end >= 0) {
       open(next);
     }
@@ -102,23 +105,20 @@ class PairScales {
   __device__ __forceinline__ void write(int kb, int i, uint32_t rows, uint32_t weight) const {
     const uint32_t at = rows + ((lane_ & 16) + (lane_ & 7) * 2 + (lane_ >> 3 & 1)) * 4;
 #pragma unroll
-    for (int r = 0; r < 4; ++r) store_shared(at + r * 128, (word_[r] >> 8 * i & 255) << 23);
+    for (int r = 0; r < 4; ++r) store_shared(at + r * 128, rows_.byte(r, i) << 23);
     const uint32_t byte = __shfl_sync(0xFFFFFFFFu, weight_byte_, (lane_ & 1) * 16 + (kb & 15) + i);
     if (lane_ < 2) store_shared(weight + lane_ * 4, byte << 23);
   }
 
  private:
-  __device__ __forceinline__ void load_rows(int kb) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) next_[i] = __ldg(reinterpret_cast<const uint32_t*>(args_.a_scale + row_[i] + kb));
-  }
   __device__ __forceinline__ void load_weight(int kb) {
     next_weight_ = __ldg(args_.b_scale + weight_ + min(kb + lane_ % 16, args_.k_blocks - 1));
   }
 
   const GemmArguments& args_;
   int lane_;
-  uint32_t row_[4], weight_, next_[4], word_[4], next_weight_, weight_byte_;
+  RowScales<4, 1> rows_;
+  uint32_t weight_, next_weight_, weight_byte_;
 };
 
 __device__ __forceinline__ float2 load_floats(uint32_t address) {

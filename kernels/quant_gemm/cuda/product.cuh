@@ -24,17 +24,22 @@ __device__ __forceinline__ void promote(
   }
 }
 
-// Starts 64 rows x 128 deep times Columns; the addresses are those of the operands' first bytes.
+// Starts 64 rows x 128 deep times Columns, from two operands (see `operand`).
 template <int Columns>
-__device__ __forceinline__ void multiply(float (&part)[Columns / 2], uint32_t a, uint32_t b) {
+__device__ __forceinline__ void multiply_operands(float (&part)[Columns / 2], uint32_t left, uint32_t right) {
   fence_regs(part);
   wgmma_fence();
-  const uint32_t left = operand(a), right = operand(b);
 #pragma unroll
   for (int k = 0; k < kBlockK / 32; ++k) {
     WgmmaE4m3<Columns>::run(part, left + k * 2, right + k * 2, k != 0);
   }
   wgmma_commit();
+}
+
+// The same from the addresses of the operands' first bytes.
+template <int Columns>
+__device__ __forceinline__ void multiply(float (&part)[Columns / 2], uint32_t a, uint32_t b) {
+  multiply_operands<Columns>(part, operand(a), operand(b));
 }
 
 // Starts a kernel that may begin while the one ahead of it in the stream ends; returns a cudaError_t.

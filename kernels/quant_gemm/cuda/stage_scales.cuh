@@ -8,6 +8,7 @@
 
 #include "gemm.h"
 #include "hopper.cuh"
+#include "row_scales.cuh"
 #include "tiles.cuh"
 
 namespace causeway {
@@ -28,24 +29,14 @@ class StageScales {
     weight_ = tile.group * args_.b_scale_group + line * args_.b_scale_stride;
     load_weight(0);
   }
-  __device__ __forceinline__ void open_rows(const Tile& tile) {
-#pragma unroll
-    for (int j = 0; j < kEach; ++j) {
-      row_[j] = static_cast<uint32_t>(min(tile.row + lane_ + 32 * j, args_.rows - 1)) * args_.a_scale_stride;
-    }
-    load_rows(0);
-  }
+  __device__ __forceinline__ void open_rows(const Tile& tile) { rows_.open(args_, tile.row, lane_); }
 
   // To the chunk that starts at block kb.
   __device__ __forceinline__ void step(int kb) {
-#pragma unroll
-    for (int j = 0; j < kEach; ++j) {
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) word_[j][w] = next_word_[j][w];
-    }
+    rows_.step();
     byte_ = next_byte_;
     if (kb + kChunk <= last_) {
-      load_rows(kb + kChunk);
+      rows_.load(args_, kb + kChunk);
       load_weight(kb + kChunk);
     }
   }
@@ -58,7 +49,7 @@ class StageScales {
       const float weight = scale_value(__shfl_sync(0xFFFFFFFFu, byte_, block));
 #pragma unroll
       for (int j = 0; j < kEach; ++j) {
-        const float both = scale_value(word_[j][block / 4] >> (block % 4 * 8) & 255) * weight;
+        const float both = scale_value(rows_.byte(j, block)) * weight;
         const int row = lane_ + 32 * j;
         if (row < S::kRows) store_shared(address + (d * S::kRows + row) * 4, __float_as_uint(both));
       }
@@ -66,27 +57,17 @@ class StageScales {
   }
 
  private:
-  static constexpr int kEach = (S::kRows + 31) / 32, kWords = kChunk / 4;
+  static constexpr int kEach = (S::kRows + 31) / 32;
   static_assert(kChunk % S::kDepth == 0, "a stage's blocks lie in one chunk");
 
   __device__ __forceinline__ void load_weight(int kb) {
     next_byte_ = __ldg(args_.b_scale + weight_ + min(kb + lane_ % kChunk, last_));
   }
-  __device__ __forceinline__ void load_rows(int kb) {  // rows of scales are padded to four bytes
-#pragma unroll
-    for (int j = 0; j < kEach; ++j) {
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        const uint8_t* word = args_.a_scale + row_[j] + min(kb + 4 * w, last_ & ~3);
-        next_word_[j][w] = __ldg(reinterpret_cast<const uint32_t*>(word));
-      }
-    }
-  }
 
   const GemmArguments& args_;
   int lane_, last_;
-  uint32_t row_[kEach], weight_ = 0;  // bytes from the first scale
-  uint32_t word_[kEach][kWords], next_word_[kEach][kWords], byte_ = 0, next_byte_ = 0;
+  RowScales<kEach, kChunk / 4> rows_;
+  uint32_t weight_ = 0, byte_ = 0, next_byte_ = 0;  // weight_: bytes from the first scale
 };
 
 }  // namespace causeway

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "scale_columns.cuh"
+
 namespace causeway {
 
 struct Output {
@@ -13,6 +15,7 @@ struct Output {
   uint8_t* scale;    // [rows, blocks]
   int64_t q_stride;
   int64_t scale_stride;
+  ScaleColumns columns;
 };
 
 __device__ __forceinline__ float to_float(float value) { return value; }
@@ -100,9 +103,9 @@ __device__ __forceinline__ uint32_t code_pair(float first, float second, float i
   return __nv_cvt_float2_to_fp8x2(make_float2(first * inverse, second * inverse), __NV_SATFINITE, __NV_E4M3);
 }
 
+// The codes of columns column .. column + 7; nothing outside of the row.
 __device__ __forceinline__ void write8(
-    const float (&v)[8], uint32_t byte, const Output& out, int64_t row, int column, int block, int k,
-    int lane, bool wide) {
+    const float (&v)[8], uint32_t byte, const Output& out, int64_t row, int column, int k, bool wide) {
   const float inverse = inverse_scale(byte);
   uint32_t codes[4];
 #pragma unroll
@@ -121,7 +124,11 @@ __device__ __forceinline__ void write8(
       }
     }
   }
-  if ((lane & 15) == 0) out.scale[row * out.scale_stride + block] = static_cast<uint8_t>(byte);
+}
+
+__device__ __forceinline__ void write_scale(uint32_t byte, const Output& out, int64_t row, int block) {
+  out.scale[row * out.scale_stride + block] = static_cast<uint8_t>(byte);
+  out.columns.write(row, block, byte);
 }
 
 }  // namespace causeway

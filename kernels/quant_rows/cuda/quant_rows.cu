@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "codes.cuh"
 #include "launch.cuh"
 #include "swiglu.cuh"
@@ -71,8 +73,8 @@ struct SwiGLU {
   }
 };
 
-// A warp holds Unroll groups of 256 columns at once.
-template <typename Source, int Unroll>
+// A warp holds 256 columns, or few of them at the ends of a row.
+template <typename Source>
 __global__ void __launch_bounds__(kThreads) rows_kernel(
     const Source source, const Output out, const uint32_t items, const uint32_t chunks, const int k,
     const int blocks, const int col_offset, const bool wide) {
@@ -82,40 +84,76 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(
   if (item >= items) return;
   const int lane = threadIdx.x % 32;
   const int64_t row = item / chunks;
-  const int first = static_cast<int>(item % chunks) * (256 * Unroll) + lane * 8;
+  const int at = static_cast<int>(item % chunks) * 256 + lane * 8, block = at / 128;
+  const typename Source::Loaded raw = source.load(row, at - col_offset, k, wide);
+  float v[8];
+  source.values(raw, v);
+  const uint32_t byte = scale_byte(source.peak(v, row, block, blocks));
+  if (block >= blocks) return;
+  write8(v, byte, out, row, at - col_offset, k, wide);
+  if (lane % 16 == 0) write_scale(byte, out, row, block);
+}
+
+// Many rows: a warp has Unroll times 256 columns of one row, a block of threads those of eight rows. Their scales
+// meet in shared memory: eight rows' bytes take eight stores, and eight rows of float32 columns are 32 bytes in a
+// line, where a store of every warp's own would cost memory as much as one of 32 bytes.
+template <typename Source, int Unroll>
+__global__ void __launch_bounds__(kThreads) tall_kernel(
+    const Source source, const Output out, const int64_t rows, const uint32_t chunks, const int k, const bool wide) {
+  constexpr int kBlocks = 2 * Unroll;  // of 128 columns
+  using Bytes = std::conditional_t<Unroll == 4, uint2, uint32_t>;
+  static_assert(sizeof(Bytes) == kBlocks && kWarps == 8, "a row's scales are one word");
+  __shared__ alignas(8) uint8_t bytes[kWarps][kBlocks];
+  if constexpr (Source::kEarly) let_next_start();
+  await_inputs();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t first_row = blockIdx.x / chunks * int64_t{kWarps};
+  const int64_t row = min(first_row + warp, rows - 1);  // past the last one: that again
+  const int first_block = static_cast<int>(blockIdx.x % chunks) * kBlocks, first = first_block * 128 + lane * 8;
   typename Source::Loaded raw[Unroll];
 #pragma unroll
-  for (int i = 0; i < Unroll; ++i) raw[i] = source.load(row, first + i * 256 - col_offset, k, wide);
+  for (int i = 0; i < Unroll; ++i) raw[i] = source.load(row, first + i * 256, k, wide);
 #pragma unroll
   for (int i = 0; i < Unroll; ++i) {
-    const int at = first + i * 256, block = at / 128;
+    const int at = first + i * 256;
     float v[8];
     source.values(raw[i], v);
-    const uint32_t byte = scale_byte(source.peak(v, row, block, blocks));
-    if (block < blocks) write8(v, byte, out, row, at - col_offset, block, k, lane, wide);
+    const uint32_t byte = scale_byte(source.peak(v, row, at / 128, k / 128));
+    write8(v, byte, out, row, at, k, wide);
+    if (lane % 16 == 0) bytes[warp][2 * i + lane / 16] = static_cast<uint8_t>(byte);
+  }
+  __syncthreads();
+  const int of = threadIdx.x % kWarps, block = threadIdx.x / kWarps;
+  if (first_row + of >= rows) return;
+  if (block < kBlocks) out.columns.write(first_row + of, first_block + block, bytes[of][block]);
+  if (block == kBlocks) {
+    *reinterpret_cast<Bytes*>(out.scale + (first_row + of) * out.scale_stride + first_block) =
+        *reinterpret_cast<const Bytes*>(bytes[of]);
   }
 }
 
 template <int Unroll, typename Source>
-int start_unrolled(const Source& source, const Output& out, int64_t rows, int k, int blocks,
-                   int col_offset, bool wide, cudaStream_t stream) {
-  const int64_t chunks = (blocks * 128 + 256 * Unroll - 1) / (256 * Unroll);
-  const int64_t items = rows * chunks;
-  if (items > INT32_MAX) return cudaErrorInvalidValue;
-  return EarlyLaunch{(items + kWarps - 1) / kWarps, kThreads, stream}.start(
-      rows_kernel<Source, Unroll>, source, out, static_cast<uint32_t>(items),
-      static_cast<uint32_t>(chunks), k, blocks, col_offset, wide);
+int start_tall(const Source& source, const Output& out, int64_t rows, int k, bool wide, cudaStream_t stream) {
+  const int64_t chunks = k / (256 * Unroll);
+  return EarlyLaunch{(rows + kWarps - 1) / kWarps * chunks, kThreads, stream}.start(
+      tall_kernel<Source, Unroll>, source, out, rows, static_cast<uint32_t>(chunks), k, wide);
 }
 
 // Few rows: many warps with little work each. Many rows: more loads in flight in every warp.
 template <typename Source>
 int start_rows(const Source& source, const Output& out, int64_t rows, int k, int col_offset, bool wide,
                cudaStream_t stream) {
-  const int blocks = (col_offset + k + 127) / 128;
-  if (rows * k >= (1 << 20) && k % 1024 == 0) {
-    return start_unrolled<Source::kUnroll>(source, out, rows, k, blocks, col_offset, wide, stream);
+  if (rows * k >= (1 << 20) && col_offset == 0) {
+    constexpr int kMost = Source::kUnroll;
+    if (k % (256 * kMost) == 0) return start_tall<kMost>(source, out, rows, k, wide, stream);
+    if (k % 512 == 0) return start_tall<2>(source, out, rows, k, wide, stream);
   }
-  return start_unrolled<1>(source, out, rows, k, blocks, col_offset, wide, stream);
+  const int blocks = (col_offset + k + 127) / 128;
+  const int64_t chunks = (blocks + 1) / 2, items = rows * chunks;
+  if (items > INT32_MAX) return cudaErrorInvalidValue;
+  return EarlyLaunch{(items + kWarps - 1) / kWarps, kThreads, stream}.start(
+      rows_kernel<Source>, source, out, static_cast<uint32_t>(items), static_cast<uint32_t>(chunks), k, blocks,
+      col_offset, wide);
 }
 
 __device__ __forceinline__ float add_lanes(float value) {
@@ -127,13 +165,14 @@ __device__ __forceinline__ float add_lanes(float value) {
 // One block of threads a row; thread t holds columns 8 t .. of every 2048. The squares of 256 columns, a
 // warp's, are added first, then these sums: kernels/hc, which has them in different blocks, does the same.
 template <typename T, typename W, int Chunks>
-__global__ void __launch_bounds__(kThreads) norm_kernel(
+__global__ void __launch_bounds__(kThreads, Chunks == 4 ? 5 : 0) norm_kernel(
     const T* __restrict__ x, const int64_t x_stride, const W* __restrict__ weight, T* __restrict__ normed,
     const int64_t normed_stride, const Output out, const int k, const float eps) {
   await_inputs();
   const int64_t row = blockIdx.x;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, blocks = (k + 127) / 128;
   __shared__ float partial[kWarps * Chunks];
+  __shared__ uint8_t bytes[16 * Chunks];
   float v[Chunks][8];
 #pragma unroll
   for (int c = 0; c < Chunks; ++c) {
@@ -168,8 +207,11 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(
       }
     }
     const uint32_t byte = scale_byte(block_peak(v[c]));
-    if (column / 128 < blocks) write8(v[c], byte, out, row, column, column / 128, k, lane, true);
+    write8(v[c], byte, out, row, column, k, true);
+    if (lane % 16 == 0) bytes[column / 128] = static_cast<uint8_t>(byte);
   }
+  __syncthreads();
+  if (threadIdx.x < blocks) write_scale(bytes[threadIdx.x], out, row, threadIdx.x);
 }
 
 template <typename T, typename W>
@@ -187,15 +229,20 @@ int start_norm(const void* x, int64_t x_stride, const void* weight, void* normed
                                                    normed_stride, out, k, eps);
 }
 
+Output output(void* q, int64_t q_stride, void* scale, int64_t scale_stride, float* columns, int shift, int k) {
+  return {static_cast<uint8_t*>(q), static_cast<uint8_t*>(scale), q_stride, scale_stride,
+          {columns, (k + 127) / 128, shift}};
+}
+
 }  // namespace
 
-// Strides in elements; q and scale strides in bytes. `wide`: every row starts on 16 bytes, k is a
-// multiple of 8 and col_offset is 0. Each entry returns a cudaError_t.
+// Strides in elements; q and scale strides in bytes. `columns` (may be null): in pieces of 2^shift rows. `wide`: every
+// row starts on 16 bytes, k is a multiple of 8 and col_offset is 0. Each entry returns a cudaError_t.
 extern "C" int causeway_quant_rows(
     const void* x, int x_is_float, int64_t x_stride, const float* amax, int64_t amax_stride, void* q,
-    int64_t q_stride, void* scale, int64_t scale_stride, int64_t rows, int k, int col_offset, int wide,
-    void* stream) {
-  const Output out{static_cast<uint8_t*>(q), static_cast<uint8_t*>(scale), q_stride, scale_stride};
+    int64_t q_stride, void* scale, int64_t scale_stride, float* columns, int shift, int64_t rows, int k,
+    int col_offset, int wide, void* stream) {
+  const Output out = output(q, q_stride, scale, scale_stride, columns, shift, col_offset + k);
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
   if (x_is_float) {
     const Plain<float> source{static_cast<const float*>(x), x_stride, amax, amax_stride};
@@ -208,8 +255,8 @@ extern "C" int causeway_quant_rows(
 extern "C" int causeway_swiglu_quant(
     const void* g, const void* u, int is_float, int64_t g_stride, int64_t u_stride,
     const float* row_weight, float limit, void* q, int64_t q_stride, void* scale, int64_t scale_stride,
-    int64_t rows, int k, int wide, void* stream) {
-  const Output out{static_cast<uint8_t*>(q), static_cast<uint8_t*>(scale), q_stride, scale_stride};
+    float* columns, int shift, int64_t rows, int k, int wide, void* stream) {
+  const Output out = output(q, q_stride, scale, scale_stride, columns, shift, k);
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
   if (is_float) {
     const SwiGLU<float> source{static_cast<const float*>(g), static_cast<const float*>(u), g_stride,
@@ -226,8 +273,8 @@ extern "C" int causeway_swiglu_quant(
 extern "C" int causeway_rms_norm_quant(
     const void* x, int x_is_float, int64_t x_stride, const void* weight, int weight_is_float, float eps,
     void* normed, int64_t normed_stride, void* q, int64_t q_stride, void* scale, int64_t scale_stride,
-    int64_t rows, int k, void* stream) {
-  const Output out{static_cast<uint8_t*>(q), static_cast<uint8_t*>(scale), q_stride, scale_stride};
+    float* columns, int shift, int64_t rows, int k, void* stream) {
+  const Output out = output(q, q_stride, scale, scale_stride, columns, shift, k);
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
   if (x_is_float) {
     return weight_is_float ? start_norm<float, float>(x, x_stride, weight, normed, normed_stride, out,

@@ -92,12 +92,14 @@ def merge_candidates(columns: int, k: int) -> Make:
     return make
 
 
-def attention(heads: int, window: str, topk: int | None, per_page: int = 16) -> Make:
+def attention(
+    heads: int, window: str, topk: int | None, per_page: int = 16, pages: CacheDtype = FP8
+) -> Make:
     """Window rows or a ring, and entries of every third page; the rest of the pages holds NaN."""
 
     def make(count: int, device: torch.device, dtype: torch.dtype) -> Inputs:
         seqs, blocks = 3, 11
-        shape = layout(LATENT, FP8, per_page, 512, 64)
+        shape = layout(LATENT, pages, per_page, 512, 64)
         table = block_table(device, seqs, blocks, 40)
         pool = filled_pool(device, shape, 40, table[table >= 0], far=device.type == "cuda")
         capacity = blocks * per_page
@@ -113,7 +115,7 @@ def attention(heads: int, window: str, topk: int | None, per_page: int = 16) -> 
             rows["index"] = pad(index.to(torch.int32), (0, topk - index.shape[1]), value=-1)
         kv = torch.randn(700, 512, device=device).to(dtype)
         kv[600:] = torch.nan
-        ring = layout(LATENT, FP8, 132, 512, 64)
+        ring = layout(LATENT, pages, 132, 512, 64)
         rings = filled_pool(device, ring, 12, torch.arange(0, 12, 2, device=device))
         if window == "rows":
             rows["start"] = torch.randint(0, 472, (count,), device=device)

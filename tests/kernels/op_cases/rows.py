@@ -30,9 +30,9 @@ def codes(rows: QuantRows) -> tuple[Tensor, Tensor]:
     return rows.q.view(torch.uint8), rows.scale
 
 
-def norm(width: int, quant: bool) -> Make:
+def norm(width: int, quant: bool, weight_dtype: torch.dtype = torch.float32) -> Make:
     def make(count: int, device: torch.device, dtype: torch.dtype) -> Inputs:
-        weight = norm_weight(device, width)
+        weight = norm_weight(device, width).to(weight_dtype)
 
         def call(op: Op, rows: Rows) -> tuple[Tensor, ...]:
             out = op(rows["x"], weight, EPS)
