@@ -1,8 +1,9 @@
 // The kernel for few tokens: a group of blocks, a slab each, for up to 16 of them. Weights are read, and cut
-// into parts where processors are free, before the kernel ahead ends. Block i sends each token's sums over slab i to the others
-// (hc_words.cuh): every block makes the factors of all its group's tokens and collapses its own columns,
-// exchanges their squares for the RMSNorm, and makes the FP8 form. Block t also makes post and comb of
-// token t. The sums are those of hc_tiles.cuh in the same order, norm and codes those of kernels/quant_rows.
+// into parts where processors are free, before the kernel ahead ends. Block i sends each token's sums over
+// slab i to the others (hc_words.cuh): every block makes the factors of all its group's tokens and collapses
+// its own columns, exchanges their squares for the RMSNorm, and makes the FP8 form. Block t also makes post
+// and comb of token t. The sums are those of hc_tiles.cuh in the same order, norm and codes those of
+// kernels/quant_rows.
 #pragma once
 #include "hc_words.cuh"
 #include "launch.cuh"
@@ -17,8 +18,9 @@ constexpr int kClusters = 2, kClusterTokens = 4;
 constexpr int kFewSums = kFewTile * kRecord;
 constexpr int kTokenBytes = kStreams * kSlab * 2;
 
-// Shared memory: streams as they came, `a`, the factors of hc_post, the norm's weight; the weight as it came,
-// and over it, when it has been cut, streams that were made and the sums of the units; what other blocks send.
+// Shared memory: streams as they came, `a`, the factors of hc_post, the norm's weight; the weight as it came
+// and, when it has been cut, over it the streams that were made and the sums of the units; what other blocks
+// send.
 struct FewLayout {
   static constexpr int kA = kFewTile * kTokenBytes;
   static constexpr int kFactors = kA + kFewTile * kSlab * 4;
@@ -26,7 +28,7 @@ struct FewLayout {
   static constexpr int kRaw = kNorm + kSlab * 4;
   static constexpr int kMade = kRaw;
   static constexpr int kPartial = kMade + kFewTile * kTokenBytes;
-  static constexpr int kRawRow = kSlab * 4 + 32;  // bytes of a row of a stream; eight rows start in other banks
+  static constexpr int kRawRow = kSlab * 4 + 32;  // bytes; eight rows start in different banks
   static constexpr int kBars = kRaw + kStreams * 24 * kRawRow;
   static constexpr int kRoom = kBars + kStreams * 8;
   static_assert(kPartial + kUnits * kFewSums * 4 <= kBars, "what lies over the weight");
@@ -173,9 +175,10 @@ __device__ __forceinline__ void cut_here(const Step (&weight)[kSteps], int few, 
       if constexpr (kMode != Mode::kHead) all ^= weight[step].second[i];
     }
   }
-  asm volatile("{\n.reg .pred never;\nsetp.lt.s32 never, %0, 0;\n@never st.shared.b32 [%1], %2;\n}" ::"r"(few),
-               "r"(smem_address(memory)), "r"(all)
-               : "memory");
+  asm volatile(
+      "{\n.reg .pred never;\nsetp.lt.s32 never, %0, 0;\n@never st.shared.b32 [%1], %2;\n}" ::"r"(few),
+      "r"(smem_address(memory)), "r"(all)
+      : "memory");
 }
 
 // post and comb of the token that this block finishes.
@@ -261,7 +264,7 @@ __global__ void __launch_bounds__(kFewThreads, 1) few_kernel(const __grid_consta
     exchange.start();
     columns.bring();
   };
-  // A launch of few blocks mostly finds processors free while the kernel ahead runs, and then has its weight cut
+  // A launch of few blocks mostly finds processors free while the kernel ahead runs, and has its weight cut
   // when that ends. In one of more blocks the columns do not wait for the weight.
   const bool early = gridDim.x <= kFewBlocks;
   if (!early) bring_columns();

@@ -48,7 +48,7 @@ struct ByWords {
   static constexpr bool kCluster = false;
   static constexpr int kPartWarps = kParts;  // that wait for a token's sums
   static constexpr int kSlabWords = 32, kSquareWord = kParts * (kPartSums + 1);
-  static constexpr int kPairs = (kPartSums + 1) / 2;           // of a part's words; one load brings a pair
+  static constexpr int kPairs = (kPartSums + 1) / 2;  // of a part's words; a load brings one
   static constexpr int kTurns = (kMostSlabs * kPairs + 31) / 32;  // loads of a lane
   static constexpr int kRoom = (kUnits * kPartSums * kLine + kAllSums) * 4;
   static int room() { return kRoom; }
@@ -94,8 +94,8 @@ struct ByWords {
                  "l"(word(__float_as_uint(sum)))
                  : "memory");
   }
-  // A part of a token's sums: lane i gets the i-th. Neighbouring lanes ask for the words of a slab: a load that
-  // touches as many lines as it has lanes takes the processor several times as long.
+  // A part of a token's sums: lane i gets the i-th. Neighbouring lanes ask for the words of a slab: a load
+  // that touches as many lines as it has lanes takes the processor several times as long.
   __device__ __forceinline__ float receive(int token, int part, int warp, int lane) const {
     const uint64_t* from = sums_of(group.first + token) + part * (kPartSums + 1);
     const int left = args.slabs * kPairs - lane;
