@@ -24,7 +24,7 @@ ROTATE_BYTES = 256 << 20  # more than the L2 holds, several times
 _MAX_SETS = 64
 _MIN_CALLS = 16  # of a graph
 _TURNS, _MOST_TURNS = 8, 24  # measured, after one that warms up
-_TURNS_US = 15_000.0  # longer loads run into the power limit, which rows of the memory rate then pay for
+_TURNS_US = 15_000.0  # that these may take: more of them, and the chip meets its power limit
 
 Call = Callable[[], object]
 Made = TypeVar("Made")
