@@ -113,7 +113,7 @@ def _sources(name: str) -> list[list[str]]:
 
 
 _LISTED = Line("decode_read.cuh", "table.scales[key] = scales;")
-_PLACES = Line("decode_read.cuh", "places[at] = place;")
+_PLACES = Line("decode_wide.cuh", "s.table.places[threadIdx.x - 128] = place;")
 _ENTRIES = (
     Line("decode_read.cuh", "entry[r] = entries[r];"),
     Line("decode_read.cuh", "rest = entries[lane / 4];"),
@@ -147,9 +147,9 @@ KNOWN: tuple[Known, ...] = (
     Known(
         _PLACES,
         (_FACTOR, _PAIR),
-        "the next item's places take the room of this one's scales when both parts' scores are made:"
-        " each warp has decoded its keys before it arrives at kDecoded, which the first warpgroup waits"
-        " for before it arrives at kBase, and the last one, which writes the places, waits for that",
+        "the next item's places take the room of this one's scales when both parts' probabilities are"
+        " there: every warp that decodes arrives at kReady + 1 later, where the warpgroups that write the"
+        " places wait",
     ),
     Known(
         _FIRST_BASE,
@@ -166,8 +166,8 @@ KNOWN: tuple[Known, ...] = (
         "the sum takes the place of entries that every warp has sent for before it arrives at kDecoded",
     ),
     Known(
-        Line("decode_wide.cuh", "if (lane == 0) s.next = it;"),
-        (Line("decode_wide.cuh", "if (!lists) it = s.next;"),),
+        Line("decode_wide.cuh", "if (lane == 0) s.next[0] = it;"),
+        (Line("decode_wide.cuh", "if (!lists) it = s.next[parity];"),),
         "every warp that lists writes the same value; one of the reader's warpgroup has written it before"
         " both are at kListed",
     ),
