@@ -55,7 +55,10 @@ __global__ void __launch_bounds__(32 * kMergeWarps<kKeys>, kKeys == kChunk ? 8 :
     if (first > 0) partial += kBatch * step, load(first);
     float weights[kBatch / 4];
 #pragma unroll
-    for (int i = 0; i < kBatch / 4; ++i) weights[i] = own[i].x == kNegInf ? 0.0f : exp2_fast(own[i].x - top);
+    for (int i = 0; i < kBatch / 4; ++i) {
+      float nothing = own[i].y == own[i].y ? 0.0f : own[i].y;  // NaN stays: the maximum does not show it
+      weights[i] = own[i].x == kNegInf ? nothing : exp2_fast(own[i].x - top);
+    }
 #pragma unroll
     for (int c = 0; c < kBatch; ++c) {
       if (first + c >= chunks) break;

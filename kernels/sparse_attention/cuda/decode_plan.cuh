@@ -226,7 +226,7 @@ __device__ __forceinline__ float sink_of(const DecodeArgs& a, int head) {
 // Factor of the sum of one head. `top` is in base 2.
 __device__ __forceinline__ float finish(const DecodeArgs& a, int64_t row, int head, float top, float total, float sink,
                                         bool write_lse) {
-  bool empty = top == kNegInf;
+  bool empty = top == kNegInf && total == total;  // a maximum does not show NaN
   float extra = empty ? 0.0f : exp2_fast(sink * kLog2e - top);
   if (write_lse) a.lse[row * a.heads + head] = empty ? kNegInf : (top + log2f(total)) * kLn2;
   return empty ? 0.0f : 1.0f / (total + extra);
