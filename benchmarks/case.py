@@ -23,8 +23,8 @@ DEEP_GEMM, FLASH_MLA = "sgl-deep-gemm 0.1.4.post1", "FlashMLA (sglang-kernel 0.4
 ROTATE_BYTES = 256 << 20  # more than the L2 holds, several times
 _MAX_SETS = 64
 _MIN_CALLS = 16  # of a graph
-_TURNS, _MOST_TURNS = 9, 60  # measured, after one that warms up
-_TURNS_US = 100_000.0  # what the turns of a case may take, if there are enough
+_TURNS, _MOST_TURNS = 8, 24  # measured, after one that warms up
+_TURNS_US = 15_000.0  # that these may take: more of them, and the chip meets its power limit
 
 Call = Callable[[], object]
 Made = TypeVar("Made")

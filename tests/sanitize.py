@@ -39,7 +39,7 @@ CUDA = torch.device("cuda")
 FIRST_PORT, PORTS = 49152, 10  # of a tool; parts that run side by side must not meet
 # Fewer rows than a tile, and more than one.
 COUNTS = (3, 150)
-# The same where the number of rows chooses one of several kernels.
+# The same for ops or cases where the number of rows chooses one of several kernels.
 OTHER_COUNTS = {
     "linear_quant": (3, 20, 50, 100, 150),
     "linear": (3, 20, 50, 100, 150),
@@ -47,6 +47,10 @@ OTHER_COUNTS = {
     "swiglu_quant": (3, 400),
     "index_score": (3, 150, 300),
     "index_topk": (3, 150, 300),
+    "compress-128_of_128": (3, 600),
+    "compress_insert-128_of_128": (3, 600),
+    "quant_rows-many": (700,),
+    "swiglu_quant-many": (700,),
 }
 # Ops whose CUDA kernels take float32 rows too.
 FLOAT_ROWS = (
@@ -68,7 +72,8 @@ FLOAT_ROWS = (
 def run_case(case: Case) -> None:
     """With few rows."""
     dtypes = (BF16, torch.float32) if case.op in FLOAT_ROWS else (BF16,)
-    for count, dtype in product(OTHER_COUNTS.get(case.op, COUNTS), dtypes):
+    counts = OTHER_COUNTS.get(str(case)) or OTHER_COUNTS.get(case.op, COUNTS)
+    for count, dtype in product(counts, dtypes):
         torch.manual_seed(count)
         inputs = case.make(count, CUDA, dtype)
         inputs.call(public(case.op), inputs.rows)

@@ -113,6 +113,8 @@ def _sources(name: str) -> list[list[str]]:
 
 
 _LISTED = Line("decode_read.cuh", "table.scales[key] = scales;")
+_PLACE = Line("decode_read.cuh", "Place place = table.places[key];")
+_OWN_PLACE = Line("decode_wide.cuh", "send(s.table.places[own_key]);")
 _PLACES = Line("decode_read.cuh", "places[at] = place;")
 _ENTRIES = (
     Line("decode_read.cuh", "entry[r] = entries[r];"),
@@ -123,11 +125,11 @@ _FACTOR = Line("decode_read.cuh", "auto factor_of =")
 _PAIR = Line("decode_read.cuh", "reinterpret_cast<const uint16_t*>(scales)[lane]")
 _TOTALS = (
     Line("hc_mixers.cuh", "float4 sum = fours[0];"),
-    Line("hc_mixers.cuh", "const float4 more = fours[other * kAdders];"),
+    Line("hc_mixers.cuh", "const float4 more = fours[other * "),
 )
 _SUMMED = (
-    "half of the mixing warps add up at a named barrier where the others arrive; who writes the sums of"
-    " two tiles later waits at `sent`, where each of those warps arrives with a lane after a __syncwarp"
+    "who adds up waits at a named barrier where the mixing warps arrive; who writes the next sums there"
+    " waits at `sent`, where those who added up arrive"
 )
 
 KNOWN: tuple[Known, ...] = (
@@ -145,11 +147,24 @@ KNOWN: tuple[Known, ...] = (
         " `listed`, which the warp that decodes those eight waits for",
     ),
     Known(
+        Line("decode_wide.cuh", "s.table.places[threadIdx.x - 128] = place;"),
+        (_FACTOR, _PAIR, _PLACE, _OWN_PLACE),
+        "the next item's places take the room of this one's scales behind kReady + 1, where every warp"
+        " has arrived after it decoded its keys; a __syncthreads that warps reach from two places lies"
+        " between these and who reads them",
+    ),
+    Known(
         _PLACES,
-        (_FACTOR, _PAIR),
-        "the next item's places take the room of this one's scales when both parts' scores are made:"
-        " each warp has decoded its keys before it arrives at kDecoded, which the first warpgroup waits"
-        " for before it arrives at kBase, and the last one, which writes the places, waits for that",
+        (_PLACE,),
+        "pages without FP8, narrow kernel: every warp has read this item's places ahead of a"
+        " __syncthreads, behind which the next item's are written; another one, which warps reach from"
+        " two places, lies between these and who reads them",
+    ),
+    Known(
+        _OWN_PLACE,
+        (Line("decode_read.cuh", "if (kPlain) table.places[key] = place;"),),
+        "the warp that lists writes back the place that it has read; the other warps of its warpgroup"
+        " read the place too, and do nothing with it",
     ),
     Known(
         _FIRST_BASE,
@@ -166,8 +181,8 @@ KNOWN: tuple[Known, ...] = (
         "the sum takes the place of entries that every warp has sent for before it arrives at kDecoded",
     ),
     Known(
-        Line("decode_wide.cuh", "if (lane == 0) s.next = it;"),
-        (Line("decode_wide.cuh", "if (!lists) it = s.next;"),),
+        Line("decode_wide.cuh", "if (lane == 0) s.next[0] = it;"),
+        (Line("decode_wide.cuh", "if (!lists) it = s.next[parity];"),),
         "every warp that lists writes the same value; one of the reader's warpgroup has written it before"
         " both are at kListed",
     ),
@@ -182,19 +197,25 @@ KNOWN: tuple[Known, ...] = (
         " the sums of all mixing warps, which travel as words with a tag",
     ),
     Known(
-        Line("hc_mixers.cuh", "if (quad == 0) to[kTile * kMixes + half * 8 + row] ="),
+        Line("hc_mixers.cuh", "if (quad == 0) to[kTile * "),
         _TOTALS,
         _SUMMED,
     ),
     Known(
-        Line("hc_mixers.cuh", "(to + (half * 8 + row) * kMixes + i * 8 + quad * 2) ="),
+        Line("hc_mixers.cuh", "*reinterpret_cast<float2*>(to + ("),
         _TOTALS,
         _SUMMED,
     ),
     Known(
         Line("hc_columns.cuh", "to[half] = weight;"),
-        (Line("hc_columns.cuh", "weight[2] = {norm_weight[0], norm_weight[1]};"),),
+        (Line("hc_columns.cuh", "weight[2] = {norm_weight["),),
         "a lane reads what it wrote itself; the other column warps write the same values there",
+    ),
+    Known(
+        Line("hopper.cuh", "mbarrier.init.shared::cta.b64"),
+        (Line("hc_factors.cuh", "mbarrier.arrive.expect_tx"),),
+        "the lane that sets a barrier up is the one that tells it its bytes; those of three other warps"
+        " lie beside it, and all wait behind a __syncthreads",
     ),
     Known(
         Line("hc_factors.cuh", "cp.async.bulk.shared::cluster.global.mbarrier"),

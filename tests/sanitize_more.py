@@ -52,8 +52,8 @@ ONE_WEIGHT = (
     *tuning.DUOS,
     tuning.DUO_OF_MANY,
 )
-# Rows, the weight's rows of which the first ones are left out, K.
-SHAPES = ((300, 768, 64, 1040), (140, 40000, 16, 384))
+# Rows, the weight's rows of which the first ones are left out, K: some fill a ring of four or seven stages.
+SHAPES = ((300, 768, 64, 1040), (140, 40000, 16, 384), (300, 768, 64, 1024), (270, 400, 0, 1792))
 ROWS_OF_EXPERTS = ((0, 200, 1, 77, 22), (300, 0, 64, 193, 43))
 
 
@@ -80,6 +80,8 @@ _MAKES: tuple[tuple[str, str, Make], ...] = (
     ("kv_norm_rope", "dim 128", rows.kv_norm_rope(128, 64)),
     ("index_query", "dim 64", rows.head_query(8, 64, index=True)),
     *(("rms_norm_quant", f"bf16 weight {k}", rows.norm(k, True, BF16)) for k in (200, 4096, 7168)),
+    ("quant_rows", "many", rows.rounding("quant_rows", 1536)),
+    ("swiglu_quant", "many", rows.swiglu(1536, True, True)),
     ("merge_lse", "unaligned", attention.merge_lse(3, 5, 66, False)),
     ("moe_gate", "512 experts", products.gate(4096, 512, "bias")),
     *(
@@ -142,7 +144,7 @@ def _experts(tile: tuning.Tile) -> None:
 
 def _gated(tile: tuning.Tile) -> None:
     whole: object = prepare_weight(fp8_weight(CUDA, 2 * 640, 272))
-    for count in (16, 300):
+    for count in (16, 300) if tile is not tuning.GATED[256] else ():  # that is of many weights only
         x = quant_rows(torch.randn(count, 272, device=CUDA))
         cuda_impl.multiply_gated(tile, x, cast("Fp8Weight", whole), limit=10.0)
     for counts in ROWS_OF_EXPERTS:

@@ -1,8 +1,9 @@
-// The kernel for few tokens: a group of blocks, a slab each, for up to 16 of them. Weights are read and cut
-// into parts before the kernel ahead ends. Block i sends each token's sums over slab i to the others
-// (hc_words.cuh): every block makes the factors of all its group's tokens and collapses its own columns,
-// exchanges their squares for the RMSNorm, and makes the FP8 form. Block t also makes post and comb of
-// token t. The sums are those of hc_tiles.cuh in the same order, norm and codes those of kernels/quant_rows.
+// The kernel for few tokens: a group of blocks, a slab each, for up to 16 of them. Weights are read, and cut
+// into parts where processors are free, before the kernel ahead ends. Block i sends each token's sums over
+// slab i to the others (hc_words.cuh): every block makes the factors of all its group's tokens and collapses
+// its own columns, exchanges their squares for the RMSNorm, and makes the FP8 form. Block t also makes post
+// and comb of token t. The sums are those of hc_tiles.cuh in the same order, norm and codes those of
+// kernels/quant_rows.
 #pragma once
 #include "hc_words.cuh"
 #include "launch.cuh"
@@ -17,16 +18,58 @@ constexpr int kClusters = 2, kClusterTokens = 4;
 constexpr int kFewSums = kFewTile * kRecord;
 constexpr int kTokenBytes = kStreams * kSlab * 2;
 
-// Shared memory: streams as they came, those made of them, `a`, the factors of hc_post, sums of the units,
-// the norm's weight, what other blocks send.
+// Shared memory: streams as they came, `a`, the factors of hc_post, the norm's weight; the weight as it came
+// and, when it has been cut, over it the streams that were made and the sums of the units; what other blocks
+// send.
 struct FewLayout {
-  static constexpr int kMade = kFewTile * kTokenBytes;
-  static constexpr int kA = 2 * kMade;
+  static constexpr int kA = kFewTile * kTokenBytes;
   static constexpr int kFactors = kA + kFewTile * kSlab * 4;
-  static constexpr int kPartial = kFactors + kFewTile * 20 * 4;
-  static constexpr int kWeight = kPartial + kUnits * kFewSums * 4;
-  static constexpr int kRoom = kWeight + kSlab * 4;
+  static constexpr int kNorm = kFactors + kFewTile * 20 * 4;
+  static constexpr int kRaw = kNorm + kSlab * 4;
+  static constexpr int kMade = kRaw;
+  static constexpr int kPartial = kMade + kFewTile * kTokenBytes;
+  static constexpr int kRawRow = kSlab * 4 + 32;  // bytes; eight rows start in different banks
+  static constexpr int kBars = kRaw + kStreams * 24 * kRawRow;
+  static constexpr int kRoom = kBars + kStreams * 8;
+  static_assert(kPartial + kUnits * kFewSums * 4 <= kBars, "what lies over the weight");
 };
+
+// The slab's weight of a stream on its way, by a warp. Loads of what each thread multiplies would touch eight
+// rows each, which takes the processor twice as long.
+template <Mode kMode>
+__device__ __forceinline__ void bring_weight(const Arguments& args, char* memory, int slab, int stream,
+                                             int lane) {
+  constexpr int kRows = kMode == Mode::kHead ? kStreams : 24;
+  const uint32_t bar = smem_address(memory + FewLayout::kBars) + stream * 8;
+  if (lane == 0) {
+    mbar_init(bar, 1);
+    mbar_fence_init();
+    expect_bytes(bar, kRows * kSlab * 4);
+  }
+  __syncwarp();
+  if (lane >= kRows) return;
+  bulk_copy(smem_address(memory + FewLayout::kRaw) + (stream * 24 + lane) * FewLayout::kRawRow,
+            args.fn + ((int64_t)lane * kStreams + stream) * args.dim + slab * kSlab, kSlab * 4, bar);
+}
+// As load_raw_step, from shared memory.
+template <Mode kMode>
+__device__ __forceinline__ void take_raw(RawWeight& raw, const char* memory, int unit, int lane) {
+  constexpr int kMixes = kMode == Mode::kHead ? kStreams : 24;
+  const char* from = memory + FewLayout::kRaw + (unit / 4 * 24 + lane / 4) * FewLayout::kRawRow +
+                     (unit % 4 * 64 + lane % 4 * 2) * 4;
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const char* at = from + i * 8 * FewLayout::kRawRow + (step * 16 + half * 8) * 4;
+        raw.row[i][step][half] = lane / 4 + 8 * i < kMixes ? *reinterpret_cast<const float2*>(at)
+                                                           : make_float2(0.0f, 0.0f);
+      }
+    }
+  }
+}
 
 // Where eight columns, a piece of 0..31, of a token's stream lie: those of eight tokens in different banks.
 __device__ __forceinline__ int few_piece(int token, int stream, int piece) {
@@ -67,16 +110,16 @@ struct Columns {
     }
   }
   __device__ __forceinline__ void bring() {
+    if constexpr (kMode == Mode::kPostPre) {
+      if (has_a) copy16_async(a_to, a, true);
+      if (has_a && is_float) copy16_async(a_to + 512, a + 512, true);
+      if (has_factors) copy16_async(factors_to, factors, true);
+    }
 #pragma unroll 1
     for (; left > 0; left -= kUnits / kStreams) {
       copy16_async(x_to, x, true);
       x_to = (x_to ^ kUnits / kStreams * 16) + kUnits / kStreams * kTokenBytes;  // as few_piece swaps them
       x += step;
-    }
-    if constexpr (kMode == Mode::kPostPre) {
-      if (has_a) copy16_async(a_to, a, true);
-      if (has_a && is_float) copy16_async(a_to + 512, a + 512, true);
-      if (has_factors) copy16_async(factors_to, factors, true);
     }
   }
 
@@ -117,6 +160,25 @@ __device__ __forceinline__ void make_columns(const Arguments& args, char* memory
       *reinterpret_cast<uint32_t*>(to + k * args.dim) = made;
     }
   }
+}
+
+// Has the weight cut here: the compiler would put that off until everyone waits for the products. `few` is
+// never negative, so nothing is stored.
+template <Mode kMode>
+__device__ __forceinline__ void cut_here(const Step (&weight)[kSteps], int few, const char* memory) {
+  uint32_t all = 0;
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      all ^= weight[step].first[0][i] ^ weight[step].first[1][i];
+      if constexpr (kMode != Mode::kHead) all ^= weight[step].second[i];
+    }
+  }
+  asm volatile(
+      "{\n.reg .pred never;\nsetp.lt.s32 never, %0, 0;\n@never st.shared.b32 [%1], %2;\n}" ::"r"(few),
+      "r"(smem_address(memory)), "r"(all)
+      : "memory");
 }
 
 // post and comb of the token that this block finishes.
@@ -187,26 +249,35 @@ __global__ void __launch_bounds__(kFewThreads, 1) few_kernel(const __grid_consta
   // What no kernel ahead writes: weights.
   asm volatile("griddepcontrol.launch_dependents;");
   exchange.announce(!kHead, norms);
-  Step weight[kSteps];
-  {
-    RawWeight raw;
-    load_raw<kMode>(raw, args, group.slab, warp, lane);
-    const int size = args.norm_is_float ? 4 : 2;
-    if (norms && thread < kSlab * size / 16) {
-      copy16_async(smem_address(memory + L::kWeight) + thread * 16,
-                   static_cast<const char*>(args.norm_weight) + group.slab * kSlab * size + thread * 16, true);
-    }
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) split_step(weight[step], raw, step);
+  if (warp % 4 == 0) bring_weight<kMode>(args, memory, group.slab, warp / 4, lane);
+  const int size = args.norm_is_float ? 4 : 2;
+  if (norms && thread < kSlab * size / 16) {
+    copy16_async(smem_address(memory + L::kNorm) + thread * 16,
+                 static_cast<const char*>(args.norm_weight) + group.slab * kSlab * size + thread * 16, true);
   }
   const Affine affine = load_affine<kMode>(args, lane < kStreams ? lane : kSquares);
   exchange.meet();
+  __syncthreads();  // every warp sees the barriers
   Columns<kMode> columns(args, memory, group, warp, lane);
-  do {  // a loop, so that the compiler does not put off the cutting
+  auto bring_columns = [&] {
     asm volatile("griddepcontrol.wait;" ::: "memory");
-  } while (args.few == 0);
-  columns.bring();
-  exchange.start();
+    exchange.start();
+    columns.bring();
+  };
+  // A launch of few blocks mostly finds processors free while the kernel ahead runs, and has its weight cut
+  // when that ends. In one of more blocks the columns do not wait for the weight.
+  const bool early = gridDim.x <= kFewBlocks;
+  if (!early) bring_columns();
+  wait_together(smem_address(memory + L::kBars) + warp / 4 * 8);
+  Step weight[kSteps];
+  {
+    RawWeight raw;
+    take_raw<kMode>(raw, memory, warp, lane);
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) split_step(weight[step], raw, step);
+  }
+  cut_here<kMode>(weight, args.few, memory);
+  if (early) bring_columns();
   copies_wait_all();
   __syncthreads();
   const char* streams = memory;
@@ -253,7 +324,7 @@ __global__ void __launch_bounds__(kFewThreads, 1) few_kernel(const __grid_consta
       exchange.send_squares(warp, lane, add_lanes(square_of(collapsed)));
       const float total = add_lanes(exchange.squares(warp, lane));
       const float factor = rsqrtf(total / static_cast<float>(args.dim) + args.rms_eps);
-      store_normed(args, first + warp, group.slab, memory + L::kWeight, collapsed, factor, lane);
+      store_normed(args, first + warp, group.slab, memory + L::kNorm, collapsed, factor, lane);
     } else {
       *reinterpret_cast<uint4*>(args.out + (first + warp) * args.dim + group.slab * kSlab + lane * 8) =
           collapsed;

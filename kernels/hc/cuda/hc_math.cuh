@@ -9,6 +9,7 @@ namespace hc {
 
 constexpr int kStreams = 4;
 constexpr int kSlab = 256;   // columns of each stream
+constexpr int kLeastSlabs = 16, kMostSlabs = 28;
 constexpr int kUnits = 16;   // of a slab: 64 columns of a stream each, whose products one warp chains
 constexpr int kSteps = 4;    // products of 16 columns in a unit
 constexpr int kSquares = 24;
@@ -114,13 +115,6 @@ __device__ __forceinline__ void load_raw_step(RawWeight& raw, const Arguments& a
     }
   }
 }
-template <Mode kMode>
-__device__ __forceinline__ void load_raw(RawWeight& raw, const Arguments& args, int slab, int unit,
-                                         int lane) {
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step) load_raw_step<kMode>(raw, args, slab, unit, lane, step);
-}
-
 // Fragments of one step: rows 0..15 in two parts; rows 16..23 as (high over low).
 struct Step {
   uint32_t first[2][4];

@@ -18,7 +18,6 @@ constexpr int kColumnWarps = 8;  // collapse kPart tokens of a tile each
 constexpr int kPart = kTile / kColumnWarps;
 constexpr int kServers = 3;      // finish the tokens that the block owns, each every third tile
 constexpr int kAllThreads = kMixers + (kColumnWarps + 1 + kServers) * 32;
-constexpr int kLeastSlabs = 16, kMostSlabs = 28;
 constexpr int kSums = kRecord * kTile;
 constexpr int kServeLag = 8;  // tiles that are loaded at most before a tile's post and comb are made
 constexpr int kLag = 2;       // tiles that are collapsed before the norm of a tile

@@ -13,7 +13,7 @@ constexpr int kFewMost = 64;    // tokens of a launch
 constexpr int kParts = 5;       // of a token's sums: pre and squares, the others
 constexpr int kPartSums = 5;
 constexpr int kAllSums = kParts * kPartSums;
-constexpr int kMaxSlabs = 32;
+constexpr int kMaxSlabs = 32;  // that lines have room for
 constexpr int kLine = kMaxSlabs + 4;  // floats of a sum's slabs in shared memory; rows start in other banks
 
 // What a group works on.
@@ -53,6 +53,8 @@ struct ByWords {
   static constexpr bool kCluster = false;
   static constexpr int kPartWarps = kParts;  // that wait for a token's sums
   static constexpr int kSlabWords = 32, kSquareWord = kParts * (kPartSums + 1);
+  static constexpr int kPairs = (kPartSums + 1) / 2;  // of a part's words; a load brings one
+  static constexpr int kTurns = (kMostSlabs * kPairs + 31) / 32;  // loads of a lane
   static constexpr int kRoom = (kUnits * kPartSums * kLine + kAllSums) * 4;
   static int room() { return kRoom; }
   const Arguments& args;
@@ -97,27 +99,36 @@ struct ByWords {
                  "l"(word(__float_as_uint(sum)))
                  : "memory");
   }
-  // A part of a token's sums: lane i gets the i-th.
+  // A part of a token's sums: lane i gets the i-th. Neighbouring lanes ask for the words of a slab: a load
+  // that touches as many lines as it has lanes takes the processor several times as long.
   __device__ __forceinline__ float receive(int token, int part, int warp, int lane) const {
-    const uint64_t* from = sums_of(group.first + token) + lane * kSlabWords + part * (kPartSums + 1);
-    uint64_t words[3][2];
+    const uint64_t* from = sums_of(group.first + token) + part * (kPartSums + 1);
+    const int left = args.slabs * kPairs - lane;
+    uint64_t words[kTurns][2];
     bool there;
     do {
       there = true;
-      if (lane < args.slabs) {
 #pragma unroll
-        for (int i = 0; i < 3; ++i) load(words[i], from + i * 2);
+      for (int i = 0; i < kTurns; ++i) {
+        const int pair = i * 32 + lane;
+        if (i * 32 < left) load(words[i], from + pair / kPairs * kSlabWords + pair % kPairs * 2);
+      }
 #pragma unroll
-        for (int i = 0; i < kPartSums; ++i) there = there && ours(words[i / 2][i % 2]);
+      for (int i = 0; i < kTurns; ++i) {
+        if (i * 32 >= left) continue;
+        there = there && ours(words[i][0]) && (ours(words[i][1]) || (i * 32 + lane) % kPairs == kPairs - 1);
       }
     } while (!__all_sync(~0u, there));
     float* line = lines + warp * kPartSums * kLine;
 #pragma unroll
-    for (int i = 0; i < kPartSums; ++i) {
-      line[i * kLine + lane] = __uint_as_float((uint32_t)words[i / 2][i % 2]);
+    for (int i = 0; i < kTurns; ++i) {
+      if (i * 32 >= left) continue;
+      const int slab = (i * 32 + lane) / kPairs, sum = (i * 32 + lane) % kPairs * 2;
+      line[sum * kLine + slab] = __uint_as_float((uint32_t)words[i][0]);
+      if (sum + 1 < kPartSums) line[(sum + 1) * kLine + slab] = __uint_as_float((uint32_t)words[i][1]);
     }
     __syncwarp();
-    const float sum = add_slabs<16, 28>(line + (lane < kPartSums ? lane : 0) * kLine, args.slabs);
+    const float sum = add_slabs<16, kMostSlabs>(line + (lane < kPartSums ? lane : 0) * kLine, args.slabs);
     __syncwarp();
     return sum;
   }

@@ -75,7 +75,8 @@ extern "C" int causeway_attend_decode(const void* q, int64_t q_row, int64_t q_he
     error = launch(plain ? decode_kernel<true> : decode_kernel<false>, kThreads, sizeof(DecodeSmem), a, query_map);
   }
   if (error != cudaSuccess || chunks == 1) return (int)error;
-  EarlyLaunch merging{(int64_t)rows * a.tiles, 32 * kMergeWarps, stream};
-  merging.y = a.tile_heads / 8, merging.z = kMergeParts;
+  int warps = narrow ? kMergeWarps<kNarrowKeys> : kMergeWarps<kChunk>;
+  EarlyLaunch merging{(int64_t)rows * a.tiles, 32 * warps, stream};
+  merging.y = a.tile_heads / 8, merging.z = kPieces / warps;
   return merging.start(narrow ? merge_chunks_kernel<kNarrowKeys> : merge_chunks_kernel<kChunk>, a);
 }

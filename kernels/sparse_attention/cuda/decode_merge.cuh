@@ -5,20 +5,21 @@
 
 namespace causeway {
 
-constexpr int kMergeWarps = 8;  // of a block: one piece of 32 columns each, of the same 8 heads
-constexpr int kMergeParts = kPieces / kMergeWarps;
+// Warps of a block: one piece of 32 columns each, of the same 8 heads.
+template <int kKeys>
+constexpr int kMergeWarps = kKeys == kChunk ? 4 : 8;
 
 // Merges the chunks of a row, in order. Launched early: what the decode kernel waited for is there, its own results
 // are waited for here. Reads wait neither for the weights nor for what the tables say: chunks that do not exist are
 // read, and not used.
 template <int kKeys>
-__global__ void __launch_bounds__(32 * kMergeWarps, kKeys == kChunk ? 4 : 2)
+__global__ void __launch_bounds__(32 * kMergeWarps<kKeys>, kKeys == kChunk ? 8 : 2)
     merge_chunks_kernel(const __grid_constant__ DecodeArgs a) {
   cudaTriggerProgrammaticLaunchCompletion();
   constexpr int kBatch = kKeys == kChunk ? 4 : 8;  // chunks whose loads are under way at once
   int lane = threadIdx.x & 31, t = lane & 3, blocks = a.tile_heads / 8;
   int row = a.tiles == 1 ? blockIdx.x : blockIdx.x / (unsigned)a.tiles, tile = blockIdx.x - row * a.tiles;
-  int block = blockIdx.y, piece = blockIdx.z * kMergeWarps + threadIdx.x / 32;
+  int block = blockIdx.y, piece = blockIdx.z * kMergeWarps<kKeys> + threadIdx.x / 32;
   int line = 8 * block + (lane >> 2), head = tile * kHeadTile + line;
   RowFacts facts(a, row);
   int64_t slot = (int64_t)blockIdx.x * a.chunks;
@@ -54,7 +55,10 @@ __global__ void __launch_bounds__(32 * kMergeWarps, kKeys == kChunk ? 4 : 2)
     if (first > 0) partial += kBatch * step, load(first);
     float weights[kBatch / 4];
 #pragma unroll
-    for (int i = 0; i < kBatch / 4; ++i) weights[i] = own[i].x == kNegInf ? 0.0f : exp2_fast(own[i].x - top);
+    for (int i = 0; i < kBatch / 4; ++i) {
+      float nothing = own[i].y == own[i].y ? 0.0f : own[i].y;  // NaN stays: the maximum does not show it
+      weights[i] = own[i].x == kNegInf ? nothing : exp2_fast(own[i].x - top);
+    }
 #pragma unroll
     for (int c = 0; c < kBatch; ++c) {
       if (first + c >= chunks) break;

@@ -107,11 +107,15 @@ struct Walk {
   // What the tables say of `it`, a result of `item`, and what is listed for key `at` of its chunk (-1: no key).
   __device__ __forceinline__ bool find(const DecodeArgs& a, Item& it, int at, int64_t& key) {
     int first = 0;
-    if (a.ragged ? !search(a, it.number, it.row, first) : it.row >= a.rows) return false;
-    RowFacts facts(a, it.row);  // under way together with the list
-    if (!a.ragged) key = at >= 0 ? listed_key(a, it.row, it.chunk * kKeys + at) : -1;
-    it.limit = facts.limit(a);
-    it.seq = (int)facts.seq;
+    if (a.ragged) {
+      if (!search(a, it, first)) return false;
+    } else {
+      if (it.row >= a.rows) return false;
+      RowFacts facts(a, it.row);  // under way together with the list
+      key = at >= 0 ? listed_key(a, it.row, it.chunk * kKeys + at) : -1;
+      it.limit = facts.limit(a);
+      it.seq = (int)facts.seq;
+    }
     it.chunks = count_chunks<kKeys>(a, it.limit);
     if (a.ragged) {
       it.tile = (it.number - first) / it.chunks;
@@ -130,15 +134,17 @@ struct Walk {
   }
 
  private:
-  __device__ bool search(const DecodeArgs& a, int number, int& row, int& at) {
+  // Row, sequence and limit of item `it.number`, and the number of the row's first.
+  __device__ bool search(const DecodeArgs& a, Item& it, int& at) {
     int lane = threadIdx.x & 31;
     for (; row0 < a.rows; row0 += 128) {
-      int mine = row0 + 4 * lane, last = a.rows - 1, count[4], sum = 0;
+      int mine = row0 + 4 * lane, last = a.rows - 1, seqs[4], limits[4], count[4], sum = 0;
       const RowFacts facts[4] = {{a, min(mine, last)}, {a, min(mine + 1, last)}, {a, min(mine + 2, last)},
                                  {a, min(mine + 3, last)}};  // all under way at once
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        count[k] = mine + k < a.rows ? count_chunks<kKeys>(a, facts[k].limit(a)) * a.tiles : 0;
+        seqs[k] = (int)facts[k].seq, limits[k] = facts[k].limit(a);
+        count[k] = mine + k < a.rows ? count_chunks<kKeys>(a, limits[k]) * a.tiles : 0;
         sum += count[k];
       }
       int end = sum;
@@ -148,17 +154,20 @@ struct Walk {
         if (lane >= step) end += other;
       }
       int all = __shfl_sync(~0u, end, 31);
-      if (number >= before + all) {
+      if (it.number >= before + all) {
         before += all;
         continue;
       }
-      int source = __ffs(__ballot_sync(~0u, before + end > number)) - 1;
-      row = row0 + 4 * lane, at = before + end - sum;
+      int source = __ffs(__ballot_sync(~0u, before + end > it.number)) - 1;
+      int row = mine, seq = seqs[0], limit = limits[0];
+      at = before + end - sum;
 #pragma unroll
       for (int k = 0; k < 3; ++k) {
-        if (number >= at + count[k] && row == row0 + 4 * lane + k) at += count[k], ++row;
+        if (it.number < at + count[k] || row != mine + k) continue;
+        at += count[k], ++row, seq = seqs[k + 1], limit = limits[k + 1];
       }
-      row = __shfl_sync(~0u, row, source), at = __shfl_sync(~0u, at, source);
+      it.row = __shfl_sync(~0u, row, source), at = __shfl_sync(~0u, at, source);
+      it.seq = __shfl_sync(~0u, seq, source), it.limit = __shfl_sync(~0u, limit, source);
       return true;
     }
     return false;
@@ -217,7 +226,7 @@ __device__ __forceinline__ float sink_of(const DecodeArgs& a, int head) {
 // Factor of the sum of one head. `top` is in base 2.
 __device__ __forceinline__ float finish(const DecodeArgs& a, int64_t row, int head, float top, float total, float sink,
                                         bool write_lse) {
-  bool empty = top == kNegInf;
+  bool empty = top == kNegInf && total == total;  // a maximum does not show NaN
   float extra = empty ? 0.0f : exp2_fast(sink * kLog2e - top);
   if (write_lse) a.lse[row * a.heads + head] = empty ? kNegInf : (top + log2f(total)) * kLn2;
   return empty ? 0.0f : 1.0f / (total + extra);

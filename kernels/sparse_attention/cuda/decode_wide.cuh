@@ -4,7 +4,7 @@
 // other, so that copies arrive in that order, and decode their keys as they come. The keys are two parts: 96 and 64.
 // The first warpgroup makes the scores and probabilities of the first part while the second is under way, the last
 // one those of the second. Warpgroups 0..3 own 128 output columns each, of all keys; the last one adds up, finishes
-// what is one number a head, and finds the next item.
+// what is one number a head. While the first scores are made, the second and the third find the next item.
 #pragma once
 #include "decode_plan.cuh"
 #include "decode_read.cuh"
@@ -44,7 +44,7 @@ struct DecodeSmem {
     PartLines lines[kParts];
   };
   KeyTable<kChunk> table;
-  Item next;         // row -1: there is none
+  Item next[2];      // of items in turn; row -1: there is none
   uint64_t queries;  // barrier: they have arrived
 };
 static_assert(sizeof(DecodeSmem) <= 227 * 1024);
@@ -175,6 +175,23 @@ __device__ __forceinline__ void finish_line(DecodeSmem& s, const DecodeArgs& a, 
   }
 }
 
+// Warpgroups 1 and 2: item `number` or the next that exists (row -1: none). Where the thread's key of it is.
+template <bool kPlain>
+__device__ __forceinline__ Place find_next_place(Item& next, const DecodeArgs& a, Walk<kChunk>& walk, int number) {
+  int at = threadIdx.x - 128;
+  if (at >= kChunk) at = -1;
+  Item it = walk.item(a, number);
+  int64_t key;
+  bool more = walk.find_existing(a, it, at, key);
+  if (at == 0) next = more ? it : Item{-1};
+  Place place = {-1, 0};
+  if (!more || at < 0) return place;
+  int in_row = it.chunk * kChunk + at;
+  place = locate_key(a, it, in_row, key);
+  if constexpr (!kPlain) prefetch_entry(a, in_row, place);
+  return place;
+}
+
 // kPlain: pages other than fp8 ones at multiples of 16 bytes.
 template <bool kPlain>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -185,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   int group = __shfl_sync(~0u, (int)threadIdx.x / 128, 0), lane = threadIdx.x & 31;
   int warp = __shfl_sync(~0u, (int)threadIdx.x / 32 % 4, 0);
   uint32_t keys = smem_address(s.keys), parity = 0;
-  bool lists = warp == 0;
+  bool lists = warp == 0, finds = a.many && (group == 1 || group == 2);
   int own_key = kTileKeys * group + lane;  // of a thread that lists
   if (threadIdx.x == 0) {
     mbar_init(smem_address(&s.queries), 8);
@@ -203,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   // Sends for this warpgroup's keys of an item, after the warpgroup before it. Shared memory is free.
   auto copy = [&] {
     named_barrier(kListed + group, group == 0 ? 128 : 256);
-    if (!lists) it = s.next;
+    if (!lists) it = s.next[parity];
     if constexpr (!kPlain) {
       if (it.row >= 0) send_group<kChunk>(s.entries, keys, 4 * group + warp);
     }
@@ -224,7 +241,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (lists) {
     int64_t key = -1;
     if (!walk.find_existing(a, it, own_key, key)) it.row = -1;
-    if (lane == 0) s.next = it;  // the same from all warps that list
+    if (lane == 0) s.next[0] = it;  // the same from all warps that list
     if (it.row >= 0) place = locate_key(a, it, it.chunk * kChunk + own_key, key);
   }
   if (lists && it.row >= 0) {
@@ -241,7 +258,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     fence_async_proxy();
     // What comes after the last product: the next item's copies, if there is one.
     auto go_on = [&] {
-      it = s.next;
+      parity ^= 1;
+      it.row = -1;
+      if (!a.many) return;
+      __syncthreads();  // nobody reads this item's keys and probabilities any more
+      it = s.next[parity];
       if (it.row >= 0) send(s.table.places[own_key]);
     };
     if (group == kTiles - 1) {
@@ -257,8 +278,6 @@ __global__ void __launch_bounds__(kThreads, 1)
       named_barrier(kSums, 256);
       if (line < kHeadTile) finish_line(s, a, it, line, sink);
       if (it.chunks == 1) named_barrier_arrive(kFactors, kThreads);
-      find_next<kChunk, 128, kPlain>(s.next, s.table.places, a, walk, it.number + gridDim.x);
-      __syncthreads();
       go_on();
     } else {
       if (group == 0) {
@@ -270,6 +289,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         named_barrier_arrive(kSums, 256);
       } else {
         named_barrier_arrive(kDecoded + group / kFirstTiles, group < kFirstTiles ? 384 : 256);
+        if (finds) place = find_next_place<kPlain>(s.next[parity ^ 1], a, walk, it.number + gridDim.x);
       }
       named_barrier(kReady, 512);
       // Columns 128 group..+127.
@@ -291,6 +311,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       multiply(s.first_p, 0, 6);
       if (group < kTiles - 2) named_barrier_arrive(kTurn + group, 256);
       named_barrier(kReady + 1, kThreads);
+      if (finds && threadIdx.x - 128 < kChunk) s.table.places[threadIdx.x - 128] = place;  // all have been decoded
       wgmma_wait<0>();
       fence_regs(sum);
       float factor[2];  // of the first part's products, to be relative to what those of the second are relative to
@@ -309,7 +330,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (group < kTiles - 2) named_barrier_arrive(kTurn + group, 256);
       wgmma_wait<0>();
       fence_regs(sum);
-      bool finished = it.chunks == 1, last_item = !a.many;
+      bool finished = it.chunks == 1;
       if (finished) named_barrier(kFactors, kThreads);
       __nv_bfloat16* rows = a.o + ((int64_t)it.row * a.heads + it.tile * kHeadTile + line) * kDim + 128 * group;
       uint4* partial = partial_of(a, it, 2 * warp, 4 * group);
@@ -325,12 +346,10 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       };
       store(0);
-      if (last_item) store(1);
-      __syncthreads();  // nobody reads this item's keys and probabilities any more
+      if (!a.many) store(1);
       go_on();
-      if (!last_item) store(1);  // while the next item's entries come
+      if (a.many) store(1);  // while the next item's entries come
     }
-    parity ^= 1;
   }
 }
 
