@@ -33,13 +33,17 @@ def failure(executor: GangExecutor, step_id: int) -> tuple[WorkerFailure, float]
     return error.value, time.monotonic() - begin
 
 
+# Tests that a shell runs in the background inherit an ignored SIGINT; `launch.py` undoes that too.
+_HEARS_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
+
 @contextmanager
 def engine_process(
     code: str, folder: Path, env: Mapping[str, str]
 ) -> Iterator[subprocess.Popen[str]]:
     """Python that runs an engine, started in a folder that knows nothing of the repository."""
     process = subprocess.Popen(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", _HEARS_CTRL_C + code],
         cwd=folder,
         env=env,
         stdout=subprocess.PIPE,
