@@ -24,8 +24,9 @@ from kernels.sparse_attention.api import EntryPages, WindowRing, WindowRows
 _SOURCE = Path(__file__).parent / "flash_mla" / "slots.cu"
 _LIBRARY = "sgl_kernel/flashmla_ops.abi3.so"
 # Heads it is compiled for -> rows from which on it was faster than the own kernel on an H200, slots and
-# all (2026-11-21): 64 heads, 512 chosen entries, 128 / 256 / 1024 rows 53.1 / 94.2 / 344 us against 50.8 /
-# 97.3 / 354; 128 heads, 1024 chosen, 32 / 64 / 256 rows 55.3 / 64.3 / 218 against 45.7 / 90.1 / 335.
+# all (2026-11-21, benchmarks/flash_mla.py): 64 heads, 512 chosen entries, 128 / 256 / 1024 rows 53.1 /
+# 94.2 / 344 us against 50.8 / 97.3 / 354; 128 heads, 1024 chosen, 32 / 64 / 256 rows 55.3 / 64.3 / 218
+# against 45.7 / 90.1 / 335.
 FASTER_FROM = {64: 256, 128: 64}
 _TILE = 64  # keys; lists of slots are whole tiles
 _SLOTS = 1 << 31  # slots are int32
