@@ -23,8 +23,8 @@ _STRIDE = 256  # columns; the row stride is a multiple of it
 _DECODE_ROWS = 512  # up to here a block takes one row where most sequences have one or two
 _SMALL_ROWS = 256  # up to here a block takes 4 rows, then 8
 _TILE_ENTRIES = {1: 192, 4: 192, 8: 256}  # entries that a block takes at once, by its rows
-_START_ENTRIES = 256  # what starting a block costs, in entries
-_LEAST_START = {1: 0.02, 4: 0.02, 8: 0.005}  # at least, as a share: rows may end before the table
+_START_ENTRIES = {1: 256, 4: 256, 8: 600}  # what starting a block costs, in entries
+_LEAST_START = 0.02  # at least, as a share: rows may end before the table
 
 
 def build() -> None:
@@ -131,7 +131,7 @@ def _cut(tiles: int, tile: int, width: int, device: int) -> tuple[int, int]:
     """
     at_once = _processors(device) * (2 if tile == 1 else 1)  # blocks that run at once
     most = max(1, min(at_once, -(-width // _TILE_ENTRIES[tile])))
-    start = max(_START_ENTRIES / width, _LEAST_START[tile])
+    start = max(_START_ENTRIES[tile] / width, _LEAST_START)
     coarse = tiles // at_once * at_once
 
     def cost(parts: int) -> float:

@@ -57,7 +57,7 @@ def twin(args: Inputs, per_page: int) -> Tensor:
     return reference.index_score(q.float(), w, pool, shape, table, row_seq, num)
 
 
-@pytest.mark.parametrize("rows", [1, 7, 32, 50, 333, 1200])
+@pytest.mark.parametrize("rows", [1, 7, 32, 50, 333, 900, 1200, 2117])
 @pytest.mark.parametrize("run", [1, 4, 150])
 @pytest.mark.parametrize("fp4", [True, False])
 def test_scores(rows: int, run: int, fp4: bool) -> None:

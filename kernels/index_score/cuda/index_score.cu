@@ -190,7 +190,7 @@ __device__ __forceinline__ void both_terms(float (&dots)[32], const KeyTile& key
 }
 
 // Scores of 64 keys against all rows of the tile, two at a time: lane t of a quad writes for row t & 1 and
-// half t >> 1 of the keys. `limit`: those of this lane's rows. out: its first row.
+// half t >> 1 of the keys, while the next product runs. `limit`: those of this lane's rows. out: its first row.
 template <int kRows, bool kSecond>
 __device__ __forceinline__ void score_tile(const ScoreArgs& a, const ScoreSmem<kRows>& s,
                                            const KeyTile& keys, uint32_t queries, float* out,
@@ -199,9 +199,13 @@ __device__ __forceinline__ void score_tile(const ScoreArgs& a, const ScoreSmem<k
   float scale = upper ? keys.scale[1] : keys.scale[0];
   entry += upper ? 8 : 0;
   out += entry;
+  float v[4];
+  auto put_pair = [&](int pair) {
+    put(a, out, limit[pair], entry, reduce_four(v), scale);
+    out += 2 * a.out_row;
+  };
 #pragma unroll
   for (int pair = 0; pair < kRows / 2; ++pair) {
-    float v[4];
     if constexpr (kSecond) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -211,17 +215,20 @@ __device__ __forceinline__ void score_tile(const ScoreArgs& a, const ScoreSmem<k
                    __shfl_sync(~0u, s.second[row], 0));
         weigh(dots, s.w[row], v[r], v[2 + r]);
       }
+      put_pair(pair);
     } else {
       float dots[64];
       start_dots(dots, keys, queries + 2 * pair * kTermStep, 0);
+      // Always true, which the compiler does not know: without the branch it puts this between the instructions of
+      // the product, which then wait for it.
+      if (pair > 0 && a.rows > 0) put_pair(pair - 1);
       wgmma_wait<0>();
       fence_regs(dots);
       weigh(dots, s.w[2 * pair], v[0], v[2]);
       weigh(dots + 32, s.w[2 * pair + 1], v[1], v[3]);
     }
-    put(a, out, limit[pair], entry, reduce_four(v), scale);
-    out += 2 * a.out_row;
   }
+  if constexpr (!kSecond) put_pair(kRows / 2 - 1);
 }
 
 // The same for one row, with the same bits.
