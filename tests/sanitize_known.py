@@ -127,6 +127,10 @@ _TOTALS = (
     Line("hc_mixers.cuh", "float4 sum = fours[0];"),
     Line("hc_mixers.cuh", "const float4 more = fours[other * "),
 )
+_FOR_ITS_WARP = (
+    "after a __syncwarp one lane arrives for its warp, at `p_full` when it has written and at `p_empty`"
+    " when it has read, where all who read, or write the next, wait"
+)
 _SUMMED = (
     "who adds up waits at a named barrier where the mixing warps arrive; who writes the next sums there"
     " waits at `sent`, where those who added up arrive"
@@ -225,5 +229,36 @@ KNOWN: tuple[Known, ...] = (
         ),
         "the copy's bytes are counted by `full`, which every thread that reads them waits for; the copy"
         " of two tiles later is asked for behind `made`, where each warp that has read them arrives",
+    ),
+    Known(
+        Line("prefill_scores.cuh", "s.shrink[step & 1][line + 8 * i] = shrink;"),
+        (Line("prefill_values.cuh", "float shrink[2] = {s.shrink["),),
+        _FOR_ITS_WARP,
+    ),
+    Known(
+        Line("prefill_scores.cuh", "s.state[step & 1][thread / 32] = (uint8_t)state;"),
+        (Line("prefill_values.cuh", "state = s.state[step & 1][warp];"),),
+        _FOR_ITS_WARP,
+    ),
+    Known(
+        Line("prefill_scores.cuh", "s.factor[line + 8 * i] = empty_row"),
+        (Line("prefill_values.cuh", "float factor[2] = {s.factor[line]"),),
+        "as the probabilities, but written ones are told at `factor_full`",
+    ),
+    Known(
+        Line("prefill_scores.cuh", "reinterpret_cast<const uint2*>(s.mask[slot.at])"),
+        (
+            Line("prefill_load.cuh", "s.mask[slot.at][warp] = (uint8_t)mask;"),
+            Line("prefill_load.cuh", "s.mask[slot.at][4 + warp] = (uint8_t)(mask >> 8);"),
+        ),
+        "who has read the mask writes probabilities, a lane of each warp arrives at `p_full`, who waits"
+        " there multiplies, and a lane of each of those warps arrives at `empty`, where the next mask"
+        " waits",
+    ),
+    Known(
+        Line("prefill_scores.cuh", "ldmatrix.sync.aligned.m8n8.x4.shared.b16"),
+        (Line("hopper.cuh", "cp.async.cg.shared.global.L2::128B"),),
+        "the queries' place becomes that of keys: after a __syncwarp one lane of each warp that has"
+        " read them arrives at `empty`, where every thread that copies waits",
     ),
 )

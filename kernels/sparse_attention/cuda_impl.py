@@ -20,7 +20,19 @@ from kernels.sparse_attention import reference
 from kernels.sparse_attention.api import EntryPages, WindowRing, WindowRows
 
 _FOLDER = Path(__file__).parent / "cuda"
-_PREFILL = (_FOLDER / "prefill.cu", _FOLDER / "pages.cuh")
+_PREFILL = tuple(
+    _FOLDER / name
+    for name in (
+        "prefill.cu",
+        "pages.cuh",
+        "prefill_load.cuh",
+        "prefill_scores.cuh",
+        "prefill_tile.cuh",
+        "prefill_values.cuh",
+        "products.cuh",
+        "query_map.h",
+    )
+)
 _DECODE = tuple(
     _FOLDER / name
     for name in (
@@ -96,7 +108,7 @@ def _prefill(
 ) -> None:
     library = load_library(*_PREFILL)
     kv = _aligned(window.kv)
-    decoded, capacity = None, 0
+    decoded, capacity, seqs = None, 0, 0
     if entries is not None:
         seqs, blocks = entries.block_table.shape
         capacity = blocks * entries.layout.entries_per_page
@@ -115,6 +127,7 @@ def _prefill(
         *_queries(q),
         pointer(kv),
         ctypes.c_int64(kv.stride(0)),
+        ctypes.c_int64(kv.shape[0]),
         pointer(window.start),
         pointer(window.length),
         pointer(None if entries is None else entries.pool),
@@ -122,6 +135,7 @@ def _prefill(
         *_selection(entries),
         pointer(decoded),
         ctypes.c_int64(capacity),
+        ctypes.c_int64(seqs),
         pointer(sink),
         ctypes.c_float(scale),
         pointer(o),
@@ -190,9 +204,10 @@ def _decode(
 
 
 def _aligned(rows: Tensor) -> Tensor:
-    """The same values where every row starts at a multiple of 16 bytes (dtype bfloat16)."""
+    """The same values where every row starts at a multiple of 16 bytes of its own (dtype bfloat16)."""
     strides = rows.stride()[:-1]
-    return rows.contiguous() if rows.data_ptr() % 16 or any(s % 8 for s in strides) else rows
+    apart = rows.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in strides)
+    return rows if apart else rows.contiguous()
 
 
 def _queries(q: Tensor) -> tuple[Any, ...]:

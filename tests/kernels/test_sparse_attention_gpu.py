@@ -70,6 +70,26 @@ def test_prefill_rows_without_keys() -> None:
     assert (got[1][::2] == -torch.inf).all()
 
 
+@pytest.mark.parametrize("width", [1, 31, 32, 33, 64, 97, 160])
+@pytest.mark.parametrize("holes", [False, True])
+def test_prefill_where_keys_begin_and_end_anywhere_in_a_tile(width: int, holes: bool) -> None:
+    entries = random_entries(200, seqs=3, blocks=40, per_page=8, topk=None, holes=holes)
+    check(queries(200, 64), causal_rows(200, width), entries, torch.randn(64, device="cuda"))
+
+
+@pytest.mark.parametrize("factor", [0, 20, 100])
+@pytest.mark.parametrize("topk", [None, 200])
+def test_prefill_where_scores_of_a_row_lie_far_apart(factor: int, topk: int | None) -> None:
+    """The last keys have the largest scores, the first ones, or none has."""
+    entries = random_entries(140, seqs=1, blocks=6, per_page=64, topk=topk, full=True)
+    window = causal_rows(140, 128, before=128)
+    q = queries(140, 64) * factor
+    check(q, window, entries, torch.randn(64, device="cuda"))
+    rising = torch.linspace(0.01, 4, len(window.kv), device="cuda").to(torch.bfloat16)[:, None]
+    check(q, dataclasses.replace(window, kv=window.kv * rising), None, None)
+    check(q, dataclasses.replace(window, kv=window.kv * rising.flip(0)), entries, None)
+
+
 @pytest.mark.parametrize("heads", [1, 8, 16, 17, 64, 128])
 @pytest.mark.parametrize("topk", [None, 512, 1024, 2048])
 def test_decode(heads: int, topk: int | None) -> None:
