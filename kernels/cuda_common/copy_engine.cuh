@@ -1,5 +1,5 @@
-// Hopper instructions that only the GEMM uses: the bulk tensor copy engine, the store of 8x8 matrices to
-// shared memory, and the early start of dependent kernels.
+// Hopper's instructions for what goes to a product and comes from it: the bulk tensor copy engine, and the store of 8x8
+// matrices to shared memory.
 #pragma once
 
 #include <cuda.h>
