@@ -1,0 +1,147 @@
+"""Processes under a tool of compute-sanitizer, which run cases by name, one after the other."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from tests.sanitize_known import Known, Reports
+
+DONE = "ran the case"  # what a process says behind each one
+END = "and those before it in its process"
+
+
+class Worker:
+    """A process that runs the case of each line it reads, and then says ``DONE``.
+
+    Attributes:
+        reports: what the tool has found.
+        alive: it can run another case.
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        self.reports = Reports()
+        self.alive = True
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            command, env=environment, stdin=pipe, stdout=pipe, text=True
+        )
+
+    def run(self, name: str) -> str:
+        """Run a case; what is wrong, or nothing."""
+        seen = len(self.reports.new)
+        with suppress(BrokenPipeError):  # it has ended: so do its lines
+            self._say(f"{name}\n")
+        self.alive = self._read()
+        wrong = self.reports.new[seen:]
+        if not self.alive:
+            wrong.append(f"the process has ended with status {self._process.wait()}")
+        return "\n".join(wrong)
+
+    def end(self) -> str:
+        """Let it end; what is wrong, or nothing."""
+        seen = len(self.reports.new)
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._read()
+        wrong = self.reports.new[seen:]
+        if status := self._process.wait():
+            wrong.append(f"exit status {status}")
+        if not (self.reports.complete or self.reports.new):
+            wrong.append("the tool's summary is missing or names more reports")
+        return "\n".join(wrong)
+
+    def _say(self, text: str) -> None:
+        assert self._process.stdin
+        self._process.stdin.write(text)
+        self._process.stdin.flush()
+
+    def _read(self) -> bool:
+        """Read up to ``DONE``; False: there is nothing more."""
+        assert self._process.stdout
+        for line in self._process.stdout:
+            if line.startswith(DONE):
+                return True
+            if self.reports.read(line):
+                print(line, end="", flush=True)
+        return False
+
+
+@dataclass(slots=True)
+class Results:
+    """What ``run_all`` met.
+
+    Attributes:
+        passed: number of cases of each tool in which nothing was found.
+        known: how often a tool reported what is known.
+        wrong: by tool and case.
+    """
+
+    passed: Counter[str] = field(default_factory=Counter)
+    known: Counter[tuple[str, Known]] = field(default_factory=Counter)
+    wrong: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def take(self, tool: str, worker: Worker) -> None:
+        """What a process has found that is known."""
+        for entry, count in worker.reports.known.items():
+            self.known[tool, entry] += count
+
+
+def run_all(
+    names: Mapping[str, Sequence[str]], jobs: int, start: Callable[[str, int], Worker]
+) -> Results:
+    """Run every case under its tools.
+
+    Args:
+        names: of the cases of each tool.
+        jobs: how many processes work side by side.
+        start: makes a process for a tool and the number of a job.
+    """
+    results = Results()
+    left = {tool: deque(cases) for tool, cases in names.items()}
+    tools = list(left)
+
+    def work(job: int) -> None:
+        turn = job % len(tools)
+        for tool in (*tools[turn:], *tools[:turn]):
+            _run_tool(tool, left[tool], lambda tool=tool: start(tool, job), results)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        started = [pool.submit(work, job) for job in range(jobs)]
+        try:
+            for job in started:
+                job.result()
+        finally:
+            for cases in left.values():
+                cases.clear()
+    return results
+
+
+def _run_tool(tool: str, cases: deque[str], start: Callable[[], Worker], results: Results) -> None:
+    """Take cases until there are none; a new process where one has ended."""
+    worker: Worker | None = None
+    while cases:
+        try:
+            name = cases.popleft()
+        except IndexError:
+            break  # another job was faster
+        began = time.time()
+        worker = worker or start()
+        wrong = worker.run(name)
+        print(f"{tool} {name} {time.time() - began:.1f} s{': WRONG' * bool(wrong)}", flush=True)
+        if wrong:
+            results.wrong[tool, name] = wrong
+        else:
+            results.passed[tool] += 1
+        if not worker.alive:
+            results.take(tool, worker)
+            worker = None
+    if worker:
+        if wrong := worker.end():
+            results.wrong[tool, f"{name} {END}"] = wrong
+        results.take(tool, worker)
