@@ -5,19 +5,19 @@ from __future__ import annotations
 import subprocess
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from tests.sanitize_known import Known, Reports
 
-DONE = "ran the case"  # what a process says behind each one
+DONE = "ran the case"  # what a process says behind each one, and its number of launches
 END = "and those before it in its process"
 
 
 class Worker:
-    """A process that runs the case of each line it reads, and then says ``DONE``.
+    """A process that runs the case of each line it reads, and then says ``DONE`` and a number.
 
     Attributes:
         reports: what the tool has found.
@@ -66,6 +66,8 @@ class Worker:
         assert self._process.stdout
         for line in self._process.stdout:
             if line.startswith(DONE):
+                if line.split()[-1] == "0":
+                    self.reports.new.append("no kernel of CUDA C++ was launched")
                 return True
             if self.reports.read(line):
                 print(line, end="", flush=True)
@@ -93,17 +95,18 @@ class Results:
 
 
 def run_all(
-    names: Mapping[str, Sequence[str]], jobs: int, start: Callable[[str, int], Worker]
+    names: Mapping[str, Sequence[Sequence[str]]], jobs: int, start: Callable[[str, int], Worker]
 ) -> Results:
     """Run every case under its tools.
 
     Args:
-        names: of the cases of each tool.
+        names: of the cases of each tool, in groups that one process runs.
         jobs: how many processes work side by side.
         start: makes a process for a tool and the number of a job.
     """
     results = Results()
-    left = {tool: deque(cases) for tool, cases in names.items()}
+    left = {tool: deque(map(deque, groups)) for tool, groups in names.items()}
+    all_groups = [group for groups in left.values() for group in groups]
     tools = list(left)
 
     def work(job: int) -> None:
@@ -117,19 +120,17 @@ def run_all(
             for job in started:
                 job.result()
         finally:
-            for cases in left.values():
-                cases.clear()
+            for group in all_groups:  # where one was interrupted: no other goes on
+                group.clear()
     return results
 
 
-def _run_tool(tool: str, cases: deque[str], start: Callable[[], Worker], results: Results) -> None:
-    """Take cases until there are none; a new process where one has ended."""
+def _run_tool(
+    tool: str, groups: deque[deque[str]], start: Callable[[], Worker], results: Results
+) -> None:
+    """Take groups until there are none; a new process where one has ended."""
     worker: Worker | None = None
-    while cases:
-        try:
-            name = cases.popleft()
-        except IndexError:
-            break  # another job was faster
+    for name in _taken(groups):
         began = time.time()
         worker = worker or start()
         wrong = worker.run(name)
@@ -145,3 +146,13 @@ def _run_tool(tool: str, cases: deque[str], start: Callable[[], Worker], results
         if wrong := worker.end():
             results.wrong[tool, f"{name} {END}"] = wrong
         results.take(tool, worker)
+
+
+def _taken(groups: deque[deque[str]]) -> Iterator[str]:
+    while groups:
+        try:
+            group = groups.popleft()
+        except IndexError:
+            return  # another job was faster
+        while group:
+            yield group.popleft()

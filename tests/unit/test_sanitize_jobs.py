@@ -9,7 +9,8 @@ import pytest
 
 from tests.sanitize_jobs import DONE, Worker, run_all
 
-# Runs the cases of its lines: "good", "race" (the tool reports one), "exit" (the process ends).
+# Runs the cases of its lines: "good", "race" (the tool reports one), "elsewhere" (it
+# launches no kernel of ours), "exit" (the process ends).
 SCRIPT = f"""
 import sys
 mark, found = "=========", 0
@@ -22,7 +23,7 @@ for line in sys.stdin:
         found += 1
         print(mark, "Error: Race reported between Write access at f()+0x10 in a.cuh:1")
         print(mark, "    and Read access at f()+0x20 in a.cuh:2 [4 hazards]")
-    print("{DONE}", flush=True)
+    print("{DONE}", 0 if case.startswith("elsewhere") else 2, flush=True)
 print(mark, f"RACECHECK SUMMARY: {{found + MORE}} hazards displayed")
 """
 
@@ -34,14 +35,14 @@ def start(more: int = 0) -> Worker:
 
 
 def test_every_case_runs_once_under_its_tool() -> None:
-    names = {"racecheck": [f"good{i}" for i in range(9)], "memcheck": ["good"] * 4}
+    names = {"racecheck": [["good"] * 2, ["good"] * 7], "memcheck": [["good"] * 4]}
     results = run_all(names, 3, lambda tool, job: start())
     assert results.passed == {"racecheck": 9, "memcheck": 4}
     assert not results.wrong
 
 
 def test_a_finding_belongs_to_its_case_and_the_next_one_passes() -> None:
-    results = run_all({"racecheck": ["good1", "race1", "good2"]}, 1, lambda tool, job: start())
+    results = run_all({"racecheck": [["good1"], ["race1", "good2"]]}, 1, lambda tool, job: start())
     assert results.passed == {"racecheck": 2}
     assert list(results.wrong) == [("racecheck", "race1")]
     assert "a.cuh:2" in results.wrong["racecheck", "race1"]
@@ -54,17 +55,23 @@ def test_a_process_that_ends_fails_its_case_and_another_takes_the_rest() -> None
         started.append((tool, job))
         return start()
 
-    results = run_all({"racecheck": ["good1", "exit", "good2"]}, 1, again)
+    results = run_all({"racecheck": [["good1", "exit", "good2"]]}, 1, again)
     assert results.passed == {"racecheck": 2}
     assert "status 3" in results.wrong["racecheck", "exit"]
     assert started == [("racecheck", 0)] * 2
 
 
 def test_a_summary_that_names_more_reports_is_wrong() -> None:
-    results = run_all({"racecheck": ["good1", "good2"]}, 1, lambda tool, job: start(more=1))
+    results = run_all({"racecheck": [["good1", "good2"]]}, 1, lambda tool, job: start(more=1))
     assert results.passed == {"racecheck": 2}
     (wrong,) = results.wrong.values()
     assert "summary" in wrong
+
+
+def test_a_case_that_launches_nothing_of_ours_is_wrong() -> None:
+    results = run_all({"memcheck": [["good", "elsewhere"]]}, 1, lambda tool, job: start())
+    assert results.passed == {"memcheck": 1}
+    assert "CUDA C++" in results.wrong["memcheck", "elsewhere"]
 
 
 def test_what_starts_no_process_is_an_error() -> None:
@@ -72,4 +79,4 @@ def test_what_starts_no_process_is_an_error() -> None:
         raise OSError("no such tool")
 
     with pytest.raises(OSError, match="no such tool"):
-        run_all({"racecheck": ["good"]}, 2, nothing)
+        run_all({"racecheck": [["good"]]}, 2, nothing)
