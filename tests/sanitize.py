@@ -71,6 +71,15 @@ ELSEWHERE = {
     *(f"hc_post-{name}" for name in ("flash", "pro", "odd", "two_streams")),
     "kv_insert-latent_fp32",
 }
+# Ops that take longer than others with more cases, most of it under racecheck.
+LONG = (
+    "moe_permute",
+    "hc_pre",
+    "hc_post_pre",
+    "hc_post_pre_norm",
+    "expert_ffn",
+    "sparse_attention",
+)
 # Ops whose CUDA kernels take float32 rows too.
 FLOAT_ROWS = (
     "quant_rows",
@@ -139,12 +148,14 @@ def counted_launches() -> Iterator[Counter[str]]:
 
 
 def grouped(names: Iterable[str]) -> list[list[str]]:
-    """Cases of an op together, most first: their arguments are made by the same kernels of torch."""
+    """Cases of an op together, the longest first: the same kernels of torch make their arguments."""
     groups: dict[str, list[str]] = {}
     for name in names:
         kind = re.sub(r"-\d+$" if name.startswith("tile") else "(_quant)?-.*", "", name)
         groups.setdefault(kind, []).append(name)
-    return sorted(groups.values(), key=len, reverse=True)
+    return [group for _, group in sorted(groups.items(), key=lambda g: (g[0] in LONG, len(g[1])))][
+        ::-1
+    ]
 
 
 @contextmanager
