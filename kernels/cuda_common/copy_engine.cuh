@@ -6,12 +6,9 @@
 
 #include <cstdint>
 
-namespace causeway {
+#include "hopper.cuh"
 
-__device__ __forceinline__ void mbar_expect(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
+namespace causeway {
 
 __device__ __forceinline__ void load_2d(
     const CUtensorMap* map, uint32_t target, uint32_t barrier, int column, int row) {
