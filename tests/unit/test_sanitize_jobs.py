@@ -10,15 +10,18 @@ import pytest
 from tests.sanitize_jobs import DONE, Worker, run_all
 
 # Runs the cases of its lines: "good", "race" (the tool reports one), "elsewhere" (it
-# launches no kernel of ours), "exit" (the process ends).
+# launches no kernel of ours), "much" (with what was before, more than the tool keeps), "exit" (it ends).
 SCRIPT = f"""
 import sys
-mark, found = "=========", 0
+mark, found, seen = "=========", 0, []
 print(mark, "COMPUTE-SANITIZER")
 for line in sys.stdin:
     case = line.strip()
     if case.startswith("exit"):
         sys.exit(3)
+    if case.startswith("much") and len(seen) > 0:
+        print(mark, "Warning: Maximum number of hazards reached. Environment variable ...")
+    seen.append(case)
     if case.startswith("race"):
         found += 1
         print(mark, "Error: Race reported between Write access at f()+0x10 in a.cuh:1")
@@ -59,6 +62,19 @@ def test_a_process_that_ends_fails_its_case_and_another_takes_the_rest() -> None
     assert results.passed == {"racecheck": 2}
     assert "status 3" in results.wrong["racecheck", "exit"]
     assert started == [("racecheck", 0)] * 2
+
+
+def test_a_process_whose_tool_keeps_no_more_findings_is_replaced() -> None:
+    started = []
+
+    def again(tool: str, job: int) -> Worker:
+        started.append(tool)
+        return start()
+
+    results = run_all({"racecheck": [["good", "much", "good"]]}, 1, again)
+    assert results.passed == {"racecheck": 3}
+    assert not results.wrong
+    assert len(started) == 2
 
 
 def test_a_summary_that_names_more_reports_is_wrong() -> None:
