@@ -68,8 +68,9 @@ ELSEWHERE = {
     *(f"hc_post-{name}" for name in ("flash", "pro", "odd", "two_streams")),
     "kv_insert-latent_fp32",
 }
-# Ops with clusters of 16 blocks: under racecheck one launch takes 10 to 40 s.
-LONG = ("moe_permute", "hc_pre", "hc_post_pre", "hc_post_pre_norm")
+# Groups of `grouped` that take longest: their kernels wait for blocks that the tools bring one after the
+# other, and several such processes side by side take more than twice the time.
+LONG = ("hc", "moe_permute")
 # Ops whose CUDA kernels take float32 rows too.
 FLOAT_ROWS = (
     "quant_rows",
@@ -140,13 +141,14 @@ def counted_launches() -> Iterator[Counter[str]]:
 def grouped(names: Iterable[str]) -> list[list[str]]:
     """Cases of an op together, since the same kernels of torch make their arguments.
 
-    Those of ``LONG`` are alone, and come first; then where there are most.
+    ``LONG`` come first, then where there are most.
     """
     groups: dict[str, list[str]] = {}
     for name in names:
         kind = re.sub(r"-\d+$" if name.startswith("tile") else "(_quant)?-.*", "", name)
-        groups.setdefault(name if kind in LONG else kind, []).append(name)
-    return sorted(groups.values(), key=lambda group: (group[0] in groups, len(group)), reverse=True)
+        groups.setdefault("hc" if kind.startswith("hc_") else kind, []).append(name)
+    kinds = sorted(groups, key=lambda kind: (kind in LONG, len(groups[kind])), reverse=True)
+    return [groups[kind] for kind in kinds]
 
 
 @contextmanager
