@@ -38,53 +38,43 @@ def make_weight(n: int, k: int) -> Fp8Weight:
 
 def linear_case(name: str, m: int) -> Case:
     """One weight at ``m`` rows, bf16 results."""
-    n, k = DENSE[name]
-    moved = n * k + m * (k + 2.0 * n)
-
-    def make() -> Timed:
-        rows = quant_rows(randn(m, k))
-        weights = sets(float(n * k) if m <= 1024 else moved, partial(make_weight, n, k))
-        return Timed(
-            calls=[
-                partial(own("linear_quant"), rows, w, out_dtype=torch.bfloat16) for w in weights
-            ],
-            library=library.products(weights, rows),
-            backends=library.served_products(weights, rows),
-        )
-
-    return Case(
-        op="linear_quant",
-        shape=f"{name} M={m} N={n} K={k}",
-        make=make,
-        flops=2.0 * m * n * k,
-        moved=moved,
-        peak=FP8_TFLOPS,
-        library=DEEP_GEMM,
-    )
+    return _product_case("linear_quant", name, m, 2.0, DEEP_GEMM, out_dtype=torch.bfloat16)
 
 
 def gated_case(name: str, m: int) -> Case:
     """Gate and up in one weight, to the FP8 form of their SwiGLU; DeepGEMM makes the product alone."""
+    alone = f"{DEEP_GEMM}: the product alone"
+    return _product_case(
+        "linear_swiglu_quant", name, m, 0.5, alone, limit=LIMIT, hidden_dtype=torch.bfloat16
+    )
+
+
+def _product_case(
+    op: str, name: str, m: int, out_bytes: float, compared: str, **arguments: object
+) -> Case:
+    """``out_bytes``: written for a row of the weight and of x."""
     n, k = DENSE[name]
-    moved = n * k + m * (k + n / 2)
+    moved = n * k + m * (k + out_bytes * n)
 
     def make() -> Timed:
         rows = quant_rows(randn(m, k))
         weights = sets(float(n * k) if m <= 1024 else moved, partial(make_weight, n, k))
-        call = partial(own("linear_swiglu_quant"), limit=LIMIT, hidden_dtype=torch.bfloat16)
+        call = partial(own(op), **arguments)
+        whole = op == "linear_quant"
         return Timed(
             calls=[partial(call, rows, w) for w in weights],
             library=library.products(weights, rows),
+            backends=library.served_products(weights, rows) if whole else {},
         )
 
     return Case(
-        op="linear_swiglu_quant",
+        op=op,
         shape=f"{name} M={m} N={n} K={k}",
         make=make,
         flops=2.0 * m * n * k,
         moved=moved,
         peak=FP8_TFLOPS,
-        library=f"{DEEP_GEMM}: the product alone",
+        library=compared,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ def whole_case(name: str, load: str, counts: Sequence[int], *, packed: bool = Fa
     total, weights = sum(counts), 3.0 * HIDDEN * INNER
 
     def make() -> Timed:
-        experts = _experts(packed)
+        experts = random_experts(packed)
         offsets = torch.tensor([0, *counts], device="cuda").cumsum(0)
         rows = quant_rows(randn(total, HIDDEN))
         factors = torch.rand(total, device="cuda")
@@ -74,49 +75,42 @@ def whole_case(name: str, load: str, counts: Sequence[int], *, packed: bool = Fa
     )
 
 
-def _experts(packed: bool) -> Fp4Experts | Fp8Experts:
-    """Random experts; of two scales apart by a few powers of two, so that FP4 fits FP8."""
+def random_experts(
+    packed: bool, held: int = LOCAL, hidden: int = HIDDEN, inner: int = INNER
+) -> Fp4Experts | Fp8Experts:
+    """Random bytes; of two scales apart by a few powers of two, so that FP4 fits FP8."""
     device = torch.device("cuda")
 
     def codes(*shape: int) -> Tensor:
-        return torch.randint(0, 256, shape, device=device, dtype=torch.uint8)
+        return torch.randint(0, 256, (held, *shape), device=device, dtype=torch.uint8)
 
     def scales(rows: int, columns: int, low: int) -> Tensor:
-        shape = (LOCAL, rows, columns)
-        return torch.randint(low, low + 4, shape, device=device, dtype=torch.uint8)
+        return torch.randint(low, low + 4, (held, rows, columns), device=device, dtype=torch.uint8)
 
-    w13_scale = scales(2 * INNER // 128, HIDDEN // 128, 114)
-    w2_scale = scales(HIDDEN // 128, INNER // 128, 114)
-    placeholders = (None,) * LOCAL  # the grouped products read the stacks alone
+    rest: dict[str, Any] = {
+        "w1": (None,) * held,  # placeholders: the grouped products read the stacks alone
+        "w3": (),
+        "w2": (),
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "device": device,
+        "w13_scale": scales(2 * inner // 128, hidden // 128, 114),
+        "w2_scale": scales(hidden // 128, inner // 128, 114),
+        "up_row": inner,
+    }
     if packed:
         return Fp4Experts(
-            w1=placeholders,  # type: ignore[arg-type]
-            w3=(),
-            w2=(),
-            hidden_size=HIDDEN,
-            intermediate_size=INNER,
-            device=device,
-            w13=codes(LOCAL, 2 * INNER, HIDDEN // 2).view(torch.int8),
-            w13_sub=scales(2 * INNER, HIDDEN // 32, 117),
-            w13_scale=w13_scale,
-            w2_data=codes(LOCAL, HIDDEN, INNER // 2).view(torch.int8),
-            w2_sub=scales(HIDDEN, INNER // 32, 117),
-            w2_scale=w2_scale,
-            up_row=INNER,
+            w13=codes(2 * inner, hidden // 2).view(torch.int8),
+            w13_sub=scales(2 * inner, hidden // 32, 117),
+            w2_data=codes(hidden, inner // 2).view(torch.int8),
+            w2_sub=scales(hidden, inner // 32, 117),
+            **rest,
         )
     # Every second code of e4m3 is finite: clear the lowest bit.
     return Fp8Experts(
-        w1=placeholders,  # type: ignore[arg-type]
-        w3=(),
-        w2=(),
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        device=device,
-        w13=(codes(LOCAL, 2 * INNER, HIDDEN) & 0xFE).view(torch.float8_e4m3fn),
-        w13_scale=w13_scale,
-        w2_data=(codes(LOCAL, HIDDEN, INNER) & 0xFE).view(torch.float8_e4m3fn),
-        w2_scale=w2_scale,
-        up_row=INNER,
+        w13=(codes(2 * inner, hidden) & 0xFE).view(torch.float8_e4m3fn),
+        w2_data=(codes(hidden, inner) & 0xFE).view(torch.float8_e4m3fn),
+        **rest,
     )
 
 

@@ -84,7 +84,9 @@ def _build(units: list[Path], target: Path) -> None:
     handle, scratch = tempfile.mkstemp(suffix=".so", dir=target.parent)
     os.close(handle)
     try:
-        command = [compiler()[0], *_FLAGS, f"-I{COMMON}", "-o", scratch, *map(str, units)]
+        # A library's sources side by side, on as many cores as there are.
+        command = [compiler()[0], *_FLAGS, "--threads=0", f"-I{COMMON}", "-o", scratch]
+        command += map(str, units)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise BuildError(f"{' '.join(command)} failed:\n{done.stderr.strip()}")

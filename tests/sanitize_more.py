@@ -2,7 +2,8 @@
 
 The cases call ops, which choose a tile by the number of rows; here each tile of the products is named,
 on shapes that are small for the tools and odd: rows and columns that hang over, slices, several tiles a
-block. ``CASES`` are shapes and formats that kernels take and no model has. ``peer_sum`` has no case.
+block. ``CASES`` are shapes and formats that kernels take and no model has, and experts, which take the
+place of the cases of their names. ``peer_sum`` has no case.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import cast
 
 import torch
 
+from benchmarks.moe_cases import random_experts
 from kernels import (
     BlockWeight,
     CacheDtype,
@@ -61,6 +63,15 @@ _SMALL = layout(EntryKind.LATENT, CacheDtype.BF16, 64, 128, 64)
 _KEYS = layout(EntryKind.INDEX, CacheDtype.FP8, 64, 64, 0)
 _WIDE_KEYS = layout(EntryKind.INDEX, CacheDtype.FP8, 64, 128, 0)
 _LATENT = layout(EntryKind.LATENT, CacheDtype.FP8, 64, 512, 64)
+
+
+def _ffn(hidden: int, inner: int, packed: bool, quant: bool) -> Make:
+    """Three experts of random bytes: to make weights of values takes most of a minute under memcheck."""
+    return products.rows_of_experts(
+        lambda _: random_experts(packed, 3, hidden, inner), hidden, 3, quant=quant
+    )
+
+
 _MAKES: tuple[tuple[str, str, Make], ...] = (
     *(
         (
@@ -84,6 +95,16 @@ _MAKES: tuple[tuple[str, str, Make], ...] = (
     ("swiglu_quant", "many", rows.swiglu(1536, True, True)),
     ("merge_lse", "unaligned", attention.merge_lse(3, 5, 66, False)),
     ("moe_gate", "512 experts", products.gate(4096, 512, "bias")),
+    *(
+        (
+            f"expert_ffn{'_quant' * quant}",
+            f"{model}{' packed' * packed}",
+            _ffn(*sizes, packed, quant),
+        )
+        for model, *sizes in (("flash", 4096, 2048), ("pro", 7168, 3072))
+        for packed in (False, True)
+        for quant in (False, True)
+    ),
     *(
         (
             "sparse_attention",

@@ -17,24 +17,10 @@ from kernels.quant.api import dequant_fp4, dequant_fp8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fp8Weight:
-    """An FP8 weight, or an FP4 one re-encoded without loss.
-
-    Args:
-        data: e4m3 [n, k].
-        scale: E8M0 bytes of the 128x128 blocks that the slice touches.
-        kind: the checkpoint's format.
-        row_offset: rows of the first block before ``data``, 0..127.
-        col_offset: likewise for columns; activation blocks are aligned by it.
-        float_scale: the scales of a whole weight as float32, where an optional backend reads them.
-    """
+class _DeviceWeight:
+    """What they share: a value an element of ``data``, but for FP4."""
 
     data: Tensor
-    scale: Tensor
-    kind: WeightKind
-    row_offset: int = 0
-    col_offset: int = 0
-    float_scale: Tensor | None = None
 
     @property
     def out_features(self) -> int:
@@ -50,6 +36,26 @@ class Fp8Weight:
     def device(self) -> torch.device:
         """Where the weight is."""
         return self.data.device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fp8Weight(_DeviceWeight):
+    """An FP8 weight, or an FP4 one re-encoded without loss.
+
+    Args:
+        data: e4m3 [n, k].
+        scale: E8M0 bytes of the 128x128 blocks that the slice touches.
+        kind: the checkpoint's format.
+        row_offset: rows of the first block before ``data``, 0..127.
+        col_offset: likewise for columns; activation blocks are aligned by it.
+        float_scale: the scales of a whole weight as float32, where an optional backend reads them.
+    """
+
+    scale: Tensor
+    kind: WeightKind
+    row_offset: int = 0
+    col_offset: int = 0
+    float_scale: Tensor | None = None
 
     @property
     def matrix(self) -> Tensor:
@@ -84,7 +90,7 @@ class Fp8Weight:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlainWeight:
+class PlainWeight(_DeviceWeight):
     """A bfloat16 or float32 weight in its own dtype.
 
     Args:
@@ -93,7 +99,6 @@ class PlainWeight:
         col_offset: likewise.
     """
 
-    data: Tensor
     row_offset: int = 0
     col_offset: int = 0
 
@@ -106,21 +111,6 @@ class PlainWeight:
     def matrix(self) -> Tensor:
         """The values [n, k] in the checkpoint's dtype."""
         return self.data
-
-    @property
-    def out_features(self) -> int:
-        """Rows, n."""
-        return self.data.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        """Columns, k."""
-        return self.data.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weight is."""
-        return self.data.device
 
     def rows(self, start: int, stop: int) -> PlainWeight:
         """The rows ``start:stop`` as a view; no copy."""
@@ -142,7 +132,7 @@ class PlainWeight:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fp4Weight:
+class Fp4Weight(_DeviceWeight):
     """A packed FP4 weight; ``linear`` dequantises it at every call, grouped products read it.
 
     Args:
@@ -150,7 +140,6 @@ class Fp4Weight:
         scale: E8M0 bytes [n, k / 32].
     """
 
-    data: Tensor
     scale: Tensor
 
     @property
@@ -174,19 +163,9 @@ class Fp4Weight:
         return dequant_fp4(from_device_order(self.data), self.scale)
 
     @property
-    def out_features(self) -> int:
-        """Rows, n."""
-        return self.data.shape[0]
-
-    @property
     def in_features(self) -> int:
         """Columns, k."""
         return 2 * self.data.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weight is."""
-        return self.data.device
 
     def rows(self, start: int, stop: int) -> Fp4Weight:
         """The rows ``start:stop`` as a view; no copy."""

@@ -23,7 +23,6 @@ _FOLDER = Path(__file__).parent / "cuda"
 # Headers of other ops that cuda/*.cuh include.
 HEADERS = (
     *sorted(_FOLDER.glob("*.*h")),
-    _KERNELS / "quant_gemm" / "cuda" / "copy_engine.cuh",
     _KERNELS / "quant_rows" / "cuda" / "codes.cuh",
     _KERNELS / "quant_rows" / "cuda" / "scale_columns.cuh",
 )

@@ -9,54 +9,37 @@
 #include "hc_few.cuh"
 #include "hc_tiles.cuh"
 #include "launch.cuh"
+#include "tensor_map.cuh"
 
 namespace causeway {
 namespace hc {
 
-// A map of bf16 values: columns, then `rank` - 1 dimensions with strides in elements.
-cudaError_t encode(CUtensorMap* map, const void* values, int rank, const uint64_t* sizes,
-                   const int64_t* strides, const uint32_t* box) {
-  static const auto call = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    const cudaError_t code = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                              cudaEnableDefault, &found);
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(
-        code == cudaSuccess && found == cudaDriverEntryPointSuccess ? function : nullptr);
-  }();
-  if (call == nullptr) return cudaErrorNotSupported;
-  cuuint64_t bytes[2] = {};
-  const cuuint32_t ones[3] = {1, 1, 1};
-  for (int i = 1; i < rank; ++i) bytes[i - 1] = static_cast<cuuint64_t>(strides[i - 1]) * 2;
-  const CUresult result =
-      call(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank, const_cast<void*>(values), sizes, bytes, box, ones,
-           CU_TENSOR_MAP_INTERLEAVE_NONE,
-           box[0] == kBoxColumns ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
 template <Mode kMode, bool kNorm>
-cudaError_t launch(const Arguments& args, cudaStream_t stream) {
+int launch(const Arguments& args, cudaStream_t stream) {
   constexpr int kBytes = Layout<kMode, kNorm>::kBytes;
+  constexpr CUtensorMapDataType kBf16 = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const auto kernel = hc_kernel<kMode, kNorm>;
-  const uint64_t sizes[3] = {(uint64_t)args.dim, (uint64_t)args.tokens, kStreams};
-  const uint32_t box[3] = {kBoxColumns, kTile, kStreams}, a_box[2] = {kSlab, kTile};
-  const int64_t x_strides[2] = {args.x_token, args.x_stream};
-  const int64_t new_strides[2] = {(int64_t)args.dim * kStreams, args.dim};
+  const int64_t dim = args.dim;
   Maps maps;
-  cudaError_t code = encode(&maps.x, args.x, 3, sizes, x_strides, box);
+  int code = encode_map(maps.x, kBf16, args.x, {dim, args.tokens, kStreams}, {args.x_token * 2, args.x_stream * 2},
+                        {kBoxColumns, kTile, kStreams});
   if constexpr (kMode == Mode::kPostPre) {
-    if (code == cudaSuccess) code = encode(&maps.a, args.a, 2, sizes, &args.a_token, a_box);
-    if (code == cudaSuccess) code = encode(&maps.streams, args.streams, 3, sizes, new_strides, box);
+    if (code == 0) {
+      code = encode_map(maps.a, kBf16, args.a, {dim, args.tokens}, {args.a_token * 2}, {kSlab, kTile},
+                        CU_TENSOR_MAP_SWIZZLE_NONE);
+    }
+    if (code == 0) {
+      code = encode_map(maps.streams, kBf16, args.streams, {dim, args.tokens, kStreams}, {dim * kStreams * 2, dim * 2},
+                        {kBoxColumns, kTile, kStreams});
+    }
   }
-  if (code == cudaSuccess) {
+  if (code == 0) {
     code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   }
-  if (code != cudaSuccess) return code;
+  if (code != 0) return code;
   kernel<<<args.groups * args.slabs, kAllThreads, kBytes, stream>>>(args, maps);
   code = cudaGetLastError();
-  if (code != cudaSuccess || kMode == Mode::kHead) return code;
+  if (code != 0 || kMode == Mode::kHead) return code;
   EarlyLaunch behind{(args.tokens + 127) / 128, 128, stream};
   if (args.code_columns.data != nullptr) behind.y = 1 + args.dim / 512;
   return behind.start(comb_kernel, args);
@@ -76,7 +59,7 @@ extern "C" int causeway_hc_blocks() {
 namespace {
 
 template <causeway::hc::Mode kMode>
-cudaError_t run(const causeway::hc::Arguments& args, bool few, cudaStream_t stream) {
+int run(const causeway::hc::Arguments& args, bool few, cudaStream_t stream) {
   if (few) return causeway::hc::start_few<kMode>(args, stream);
   if (args.norm_weight != nullptr) {
     if constexpr (kMode != causeway::hc::Mode::kHead) {
@@ -92,7 +75,7 @@ cudaError_t run(const causeway::hc::Arguments& args, bool few, cudaStream_t stre
 // mode: 0 hc_pre, 1 hc_head, 2 hc_post_pre. comb: null for hc_head. few: one launch for up to 64 tokens, then
 // `a` may be float32. With norm_weight (modes 0 and 2) also the RMSNorm and the FP8 form: `out` is the
 // normed row.
-// Returns a CUDA error code.
+// Returns 0, a cudaError_t, or 10000 + a CUresult.
 extern "C" int causeway_hc(int mode, int few, const void* x, int64_t x_token, int64_t x_stream,
                            const void* a, int64_t a_token, int a_is_float, const void* post_in,
                            const void* comb_in, const void* fn, const void* scale, const void* base,

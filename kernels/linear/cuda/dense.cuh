@@ -21,14 +21,14 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "../../quant_gemm/cuda/copy_engine.cuh"
+#include "copy_engine.cuh"
 #include "dense_store.cuh"
 #include "dense_tiles.cuh"
 #include "hopper.cuh"
 #include "launch.cuh"
 #include "rope_rows.cuh"
 #include "wgmma.cuh"
-#include "wgmma_bf16.cuh"
+#include "wgmma_shared.cuh"
 
 namespace causeway {
 
@@ -59,6 +59,13 @@ struct Place {
     }
   }
 
+  __device__ __forceinline__ void init() const {
+    for (int i = 0; i < S::kStages; ++i) {
+      mbar_init(full + i * 8, 1);
+      mbar_init(empty + i * 8, S::kWarps);
+    }
+    mbar_fence_init();
+  }
   __device__ __forceinline__ uint32_t stage(int i) const { return stages + i * S::kStageBytes; }
 };
 
@@ -128,8 +135,8 @@ class Products {
     }
     fence_regs(acc);
     wgmma_fence();
-    const uint32_t left = operand_bf16(place_.stages + a + group_ * kOwnBytes);
-    const uint32_t right = operand_bf16(place_.stages + a + S::kABytes);
+    const uint32_t left = operand(place_.stages + a + group_ * kOwnBytes);
+    const uint32_t right = operand(place_.stages + a + S::kABytes);
 #pragma unroll
     for (int k = 0; k < kStepK / 16; ++k) {
       WgmmaBf16<S::kColumns>::run(acc, left + k * 2, right + k * 2, k != 0 || !fresh);
@@ -324,13 +331,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) dense_kernel(
   extern __shared__ __align__(1024) uint8_t shared[];  // the swizzle asks for 1024
   const int warp = __shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const Place<S> place(smem_address(shared), args);
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < S::kStages; ++i) {
-      mbar_init(place.full + i * 8, 1);
-      mbar_init(place.empty + i * 8, S::kWarps);
-    }
-    mbar_fence_init();
-  }
+  if (threadIdx.x == 0) place.init();
   __syncthreads();
   if constexpr (S::kSplit) cluster_arrive();
 

@@ -3,7 +3,7 @@
 
 #include <cuda_bf16.h>
 
-#include "../../quant_gemm/cuda/copy_engine.cuh"
+#include "copy_engine.cuh"
 #include "../../quant_rows/cuda/codes.cuh"
 #include "dense_tiles.cuh"
 #include "hopper.cuh"

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "dense.h"
+#include "walk.cuh"
 
 namespace causeway {
 
@@ -75,31 +76,15 @@ class Schedule {
     const int per_group = tiles_m_ * tiles_n_;
     tile.group = next_ / per_group;
     const int index = next_ - tile.group * per_group;
-    const int band = index / (kBandTiles * tiles_m_);
-    const int width = min(kBandTiles, tiles_n_ - band * kBandTiles);
-    const int inside = index - band * kBandTiles * tiles_m_;
-    const int m = inside / width;
-    tile.row = m * S::kRows;
-    tile.column = (band * kBandTiles + inside - m * width) * S::kColumns * S::kSide;
+    const TilePlace at = place_in_bands(index, tiles_m_, tiles_n_, kBandTiles);
+    tile.row = at.m * S::kRows;
+    tile.column = at.n * S::kColumns * S::kSide;
     next_ += gridDim.x / S::kCluster;
     return true;
   }
 
  private:
   int next_, total_, tiles_m_, tiles_n_;
-};
-
-// A position in the ring of stages.
-template <int STAGES>
-struct Slot {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void next() {
-    if (++stage == STAGES) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
 };
 
 }  // namespace causeway

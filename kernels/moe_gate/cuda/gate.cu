@@ -112,13 +112,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) few_kernel(
   extern __shared__ __align__(1024) uint8_t shared[];  // the swizzle asks for 1024
   const int warp = __shfl_sync(kAll, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const Place<S> place(smem_address(shared), product);
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < S::kStages; ++i) {
-      mbar_init(place.full + i * 8, 1);
-      mbar_init(place.empty + i * 8, S::kWarps);
-    }
-    mbar_fence_init();
-  }
+  if (threadIdx.x == 0) place.init();
   __syncthreads();
   if (warp == S::kWarps) {
     if (lane == 0) bring_weight<S>(&b_map, product, place);

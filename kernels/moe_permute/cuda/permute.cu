@@ -24,12 +24,6 @@ constexpr int kBlocks = 16, kThreads = 1024, kWarps = kThreads / 32;  // of the 
 constexpr int kUnroll = 6;  // steps of a warp whose numbers are read at once
 constexpr int kCopyThreads = 256;
 
-__device__ __forceinline__ uint32_t rank_address(const void* shared, int rank) {
-  uint32_t to;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(smem_address(shared)), "r"(rank));
-  return to;
-}
-
 // Exclusive sums over one warp's `count` values, in place.
 __device__ __forceinline__ void scan_warp(int* values, int count, int lane) {
   int running = 0;
@@ -57,15 +51,18 @@ __global__ void __launch_bounds__(kThreads) sort_kernel(const __grid_constant__ 
   const int64_t count = a.tokens * a.choices;
   const int64_t part = (count + kBlocks * kThreads - 1) / (kBlocks * kThreads) * 32;
   const int64_t first = (rank * kWarps + warp) * part, last = min(first + part, count);
+  auto read = [&](int64_t at, int64_t (&id)[kUnroll]) {
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i)
+      id[i] = at + i * 32 + lane < last ? a.ids[at + i * 32 + lane] : -1;
+  };
   int* own = counts + warp * bins;
   for (int i = lane; i < bins; i += 32) own[i] = 0;
   await_inputs();
   __syncwarp();
   for (int64_t at = first; at < last; at += 32 * kUnroll) {
     int64_t id[kUnroll];
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i)
-      id[i] = at + i * 32 + lane < last ? a.ids[at + i * 32 + lane] : -1;
+    read(at, id);
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
       uint64_t expert = (uint64_t)(id[i] - a.first_expert);
@@ -73,7 +70,7 @@ __global__ void __launch_bounds__(kThreads) sort_kernel(const __grid_constant__ 
     }
   }
   __syncthreads();
-  asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");  // all blocks run: they may be sent to
+  cluster_arrive();  // all blocks run: they may be sent to
   for (int e = threadIdx.x; e < a.local; e += kThreads) {
     int sum = 0;
 #pragma unroll 8
@@ -85,13 +82,14 @@ __global__ void __launch_bounds__(kThreads) sort_kernel(const __grid_constant__ 
     starts[e] = sum;
   }
   __syncthreads();
-  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+  cluster_wait();
   for (int i = threadIdx.x; i < a.local * kBlocks; i += kThreads) {
     int e = i / kBlocks, to = i % kBlocks;
-    uint32_t address = rank_address(of_blocks + rank * bins + e, to);
+    uint32_t address = remote_address(smem_address(of_blocks + rank * bins + e), to);
     asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(address), "r"(starts[e]) : "memory");
   }
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+  cluster_arrive();
+  cluster_wait();
   // of_blocks[b][e] -> rows of e ahead of block b; starts[e] -> all rows of e.
   for (int e = threadIdx.x; e < a.local; e += kThreads) {
     int sum = 0, before = 0;
@@ -113,9 +111,7 @@ __global__ void __launch_bounds__(kThreads) sort_kernel(const __grid_constant__ 
   __syncwarp();
   for (int64_t at = first; at < last; at += 32 * kUnroll) {
     int64_t id[kUnroll];
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i)
-      id[i] = at + i * 32 + lane < last ? a.ids[at + i * 32 + lane] : -1;
+    read(at, id);
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
       uint64_t expert = (uint64_t)(id[i] - a.first_expert);

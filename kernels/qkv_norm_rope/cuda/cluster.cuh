@@ -18,16 +18,12 @@ __device__ __forceinline__ void mail_open(uint64_t* bar) {
 }
 // One thread of the block, once per round, at any time before it waits.
 __device__ __forceinline__ void mail_expect(uint64_t* bar, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(bar)),
-               "r"(bytes)
-               : "memory");
+  mbar_expect(smem_address(bar), bytes);
 }
 // After `cluster_all_here`: 4 bytes into block `rank`'s copy of `box`, counted by its `bar`.
 __device__ __forceinline__ void mail_send(const void* box, const uint64_t* bar, int rank,
                                           uint32_t value) {
-  uint32_t to, counter;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(smem_address(box)), "r"(rank));
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counter) : "r"(smem_address(bar)), "r"(rank));
+  const uint32_t to = remote_address(smem_address(box), rank), counter = remote_address(smem_address(bar), rank);
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
                    to),
                "r"(value), "r"(counter)
@@ -36,9 +32,7 @@ __device__ __forceinline__ void mail_send(const void* box, const uint64_t* bar, 
 // The same of 16 bytes.
 __device__ __forceinline__ void mail_send4(const void* box, const uint64_t* bar, int rank,
                                            const float (&v)[4]) {
-  uint32_t to, counter;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(smem_address(box)), "r"(rank));
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counter) : "r"(smem_address(bar)), "r"(rank));
+  const uint32_t to = remote_address(smem_address(box), rank), counter = remote_address(smem_address(bar), rank);
   asm volatile(
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
       "[%5];" ::"r"(to),

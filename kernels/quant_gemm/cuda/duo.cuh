@@ -16,7 +16,7 @@
 #include "hopper.cuh"
 #include "product.cuh"
 #include "wgmma.cuh"
-#include "wgmma_e4m3.cuh"
+#include "wgmma_shared.cuh"
 
 namespace causeway {
 

@@ -22,7 +22,7 @@
 #include "product.cuh"
 #include "store.cuh"
 #include "wgmma.cuh"
-#include "wgmma_e4m3.cuh"
+#include "wgmma_shared.cuh"
 
 namespace causeway {
 

@@ -42,42 +42,29 @@ __device__ __forceinline__ int kind_of(const Tile& tile) { return tile.group & 3
 __device__ __forceinline__ int weight_of(const Tile& tile) { return tile.group >> 2; }
 
 // The units of a pair of blocks, in order; made after the kernel that writes the offsets. Whole warps call it, and get
-// their block's tile. Lanes hold groups as those of `Schedule` do. The rows of a group make as many units of 256
-// rows as there are, then perhaps one row of 128 and, where at most 64 rows are left, one of these.
+// their block's tile. The rows of a group make as many units of 256 rows as there are, then perhaps one row of 128 and,
+// where at most 64 rows are left, one of these.
 template <class S>
 class GroupWalk {
  public:
   __device__ __forceinline__ GroupWalk(const GemmArguments& args, int rank)
       : args_(args), rank_(rank), next_(blockIdx.x / 2), tiles_n_((args.n + S::kColumns - 1) / S::kColumns) {
-    load();
+    window_.load(args, [this](int rows) { return units(rows); });
   }
 
   __device__ __forceinline__ Tile next() {
-    uint32_t found;
-    while ((found = __ballot_sync(kAll, next_ < end_)) == 0) {
-      window_ += kWindow;
-      if (window_ >= args_.groups) return {0, -1, 0, 0};
-      base_ = __shfl_sync(kAll, end_, 31);
-      load();
-    }
-    const int lane = __ffs(found) - 1;
-    const int middle = __shfl_sync(kAll, middle_, lane), stop = __shfl_sync(kAll, stop_, lane);
-    const int start = __shfl_sync(kAll, start_, lane), end = __shfl_sync(kAll, end_, lane);
-    const int upper = end - units(stop - middle);  // where the units of the lane's second group begin
-    const bool second = next_ >= upper;
-    const int first = second ? middle : start, row_end = second ? stop : middle;
-    int index = next_ - (second ? upper : upper - units(middle - start));
+    GroupUnit unit;
+    if (!window_.find(next_, args_, [this](int rows) { return units(rows); }, unit)) return {0, -1, 0, 0};
     next_ += gridDim.x / 2;
 
-    const int whole = rows_of_tiles(row_end - first), paired = whole / 2 * tiles_n_;
-    int row = first, n = index, kind = kPaired;
-    if (index < paired) {
-      const int band = index / (kBand * (whole / 2)), inside = index - band * kBand * (whole / 2);
-      const int width = min(kBand, tiles_n_ - band * kBand), m = inside / width;
-      n = band * kBand + inside - m * width;
-      row += (2 * m + rank_) * S::kRows;
+    const int whole = rows_of_tiles(unit.row_end - unit.row), paired = whole / 2 * tiles_n_;
+    int row = unit.row, n, kind = kPaired;
+    if (unit.index < paired) {
+      const TilePlace at = place_in_bands(unit.index, whole / 2, tiles_n_, kBand);
+      n = at.n;
+      row += (2 * at.m + rank_) * S::kRows;
     } else {
-      index -= paired;
+      int index = unit.index - paired;
       kind = (whole & 1) != 0 && index < (tiles_n_ + 1) / 2 ? kApart : kSplit;
       if (kind == kSplit && (whole & 1) != 0) index -= (tiles_n_ + 1) / 2;
       n = kind == kApart ? 2 * index + rank_ : 4 * index + 2 * rank_;
@@ -85,13 +72,11 @@ class GroupWalk {
     }
     const int column = n * S::kColumns;
     // Beyond the last column a block has no row to store.
-    return {row, column < args_.n ? row_end : row, column, (window_ + 2 * lane + second) * 4 + kind};
+    return {row, column < args_.n ? unit.row_end : row, column, unit.group * 4 + kind};
   }
 
  private:
-  static constexpr uint32_t kAll = 0xFFFFFFFFu;
-  static constexpr int kWindow = 64;  // groups
-  static constexpr int kBand = 8;     // column tiles that neighbours walk together
+  static constexpr int kBand = 8;  // column tiles
 
   // Tiles of more than 64 rows, one below the other.
   __device__ __forceinline__ static int rows_of_tiles(int rows) { return (rows + 63) / S::kRows; }
@@ -101,24 +86,9 @@ class GroupWalk {
            (rows > whole * S::kRows ? (tiles_n_ + 3) / 4 : 0);
   }
 
-  __device__ __forceinline__ void load() {
-    const int lane = threadIdx.x % 32, group = window_ + 2 * lane;
-    start_ = static_cast<int>(args_.offsets[min(group, args_.groups)]);
-    middle_ = static_cast<int>(args_.offsets[min(group + 1, args_.groups)]);
-    stop_ = static_cast<int>(args_.offsets[min(group + 2, args_.groups)]);
-    end_ = units(middle_ - start_) + units(stop_ - middle_);
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int before = __shfl_up_sync(kAll, end_, step);
-      if (lane >= step) end_ += before;
-    }
-    end_ += base_;
-  }
-
   const GemmArguments& args_;
   int rank_, next_, tiles_n_;
-  int window_ = 0, base_ = 0;  // first group of the window, units before it
-  int start_, middle_, stop_, end_;  // rows of the lane's groups; units up to their end
+  GroupWindow window_;
 };
 
 // The scales of every stage as float32: the rows' so that rows r and r + 8 are neighbours, and those of its two products'

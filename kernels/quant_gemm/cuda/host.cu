@@ -9,6 +9,7 @@
 #include "gemm.h"
 #include "gemm_shapes.h"
 #include "packed_shapes.h"
+#include "tensor_map.cuh"
 
 namespace causeway {
 
@@ -62,32 +63,8 @@ struct PackedTile {
 #define PACKED_ENTRY(index, rows, halves, stages) {rows, 64 * halves, packed_shape_##index},
 const PackedTile kPackedTiles[] = {SHAPES_PACKED(PACKED_ENTRY)};
 
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-Encode find_encode() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  const cudaError_t error = cudaGetDriverEntryPointByVersion(
-      "cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-  return error == cudaSuccess && found == cudaDriverEntryPointSuccess
-             ? reinterpret_cast<Encode>(function)
-             : nullptr;
-}
-
 constexpr int kBlock = 128;
-constexpr int kMapError = 10000;  // + the driver's CUresult
-
-int encode(CUtensorMap& map, CUtensorMapDataType type, const void* data, int rank, const cuuint64_t* sizes,
-           const cuuint64_t* strides, const cuuint32_t* box,
-           CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B) {
-  static const Encode function = find_encode();
-  if (function == nullptr) return kMapError;
-  const cuuint32_t steps[3] = {1, 1, 1};
-  const CUresult result = function(
-      &map, type, rank, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? 0 : kMapError + static_cast<int>(result);
-}
+constexpr CUtensorMapDataType kBytes = CU_TENSOR_MAP_DATA_TYPE_UINT8;
 
 // The output in parts of 16 rows and 128 bytes, as a warp stages it. Float32, and what the copy engine cannot
 // address, has no map.
@@ -98,13 +75,11 @@ int encode_out(CUtensorMap& map, GemmArguments& args, const GateArguments& gate,
   args.out_is_mapped =
       !args.out_is_float && stride % 16 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
   if (!args.out_is_mapped) return 0;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(args.n), static_cast<cuuint64_t>(args.rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride)};
-  const cuuint32_t box[2] = {gated ? 128u : static_cast<cuuint32_t>(columns), 16};
-  const CUtensorMapDataType type = gated ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  return encode(map, type, data, 2, sizes, strides, box,
-                columns == 16 ? CU_TENSOR_MAP_SWIZZLE_32B
-                              : columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B);
+  const CUtensorMapSwizzle swizzle = columns == 16   ? CU_TENSOR_MAP_SWIZZLE_32B
+                                     : columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                     : CU_TENSOR_MAP_SWIZZLE_128B;
+  return encode_map(map, gated ? kBytes : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, data, {args.n, args.rows}, {stride},
+                    {gated ? 128 : columns, 16}, swizzle);
 }
 
 }  // namespace
@@ -117,17 +92,11 @@ extern "C" int causeway_gemm(int tile, const void* a, int64_t a_stride, const vo
                              const GateArguments* gate, int multiprocessors, void* stream) {
   const TileShape& shape = kTiles[tile];
   Maps maps = {};
-  const cuuint64_t a_sizes[2] = {static_cast<cuuint64_t>(k), static_cast<cuuint64_t>(args->rows)};
-  const cuuint64_t a_strides[1] = {static_cast<cuuint64_t>(a_stride)};
-  const cuuint32_t a_box[2] = {kBlock, static_cast<cuuint32_t>(shape.box_rows)};
-  const int a_error = encode(maps.a, CU_TENSOR_MAP_DATA_TYPE_UINT8, a, 2, a_sizes, a_strides, a_box);
+  const int a_error =
+      encode_map(maps.a, kBytes, a, {k, args->rows}, {a_stride}, {kBlock, shape.box_rows});
   if (a_error != 0) return a_error;
-  const cuuint64_t b_sizes[3] = {static_cast<cuuint64_t>(k), static_cast<cuuint64_t>(b_rows),
-                                 static_cast<cuuint64_t>(args->groups)};
-  const cuuint64_t b_strides[2] = {static_cast<cuuint64_t>(b_stride),
-                                   static_cast<cuuint64_t>(b_group)};
-  const cuuint32_t b_box[3] = {kBlock, static_cast<cuuint32_t>(shape.box_columns), 1};
-  const int b_error = encode(maps.b, CU_TENSOR_MAP_DATA_TYPE_UINT8, b, 3, b_sizes, b_strides, b_box);
+  const int b_error = encode_map(maps.b, kBytes, b, {k, b_rows, args->groups}, {b_stride, b_group},
+                                 {kBlock, shape.box_columns, 1});
   if (b_error != 0) return b_error;
   const int out_error = encode_out(maps.out, *args, *gate, shape.out_columns);
   if (out_error != 0) return out_error;
@@ -150,19 +119,13 @@ extern "C" int causeway_gemm_packed(int tile, const void* a, int64_t a_stride, c
                                     void* stream) {
   const PackedTile& shape = kPackedTiles[tile];
   PackedMaps maps = {};
-  const cuuint64_t a_sizes[2] = {static_cast<cuuint64_t>(k), static_cast<cuuint64_t>(args->rows)};
-  const cuuint64_t a_strides[1] = {static_cast<cuuint64_t>(a_stride)};
-  const cuuint32_t a_box[2] = {kBlock, static_cast<cuuint32_t>(shape.rows)};
-  const int a_error = encode(maps.rows, CU_TENSOR_MAP_DATA_TYPE_UINT8, a, 2, a_sizes, a_strides, a_box);
+  const int a_error = encode_map(maps.rows, kBytes, a, {k, args->rows}, {a_stride}, {kBlock, shape.rows});
   if (a_error != 0) return a_error;
   // Both of a weight's tensors: bytes of a row, and of a row that one copy brings.
-  auto encode_weight = [&](CUtensorMap& map, const void* data, int64_t bytes, uint32_t box_bytes,
+  auto encode_weight = [&](CUtensorMap& map, const void* data, int64_t bytes, int box_bytes,
                            CUtensorMapSwizzle swizzle) {
-    const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(bytes), static_cast<cuuint64_t>(b_rows),
-                                 static_cast<cuuint64_t>(args->groups)};
-    const cuuint64_t strides[2] = {static_cast<cuuint64_t>(bytes), static_cast<cuuint64_t>(bytes * b_rows)};
-    const cuuint32_t box[3] = {box_bytes, static_cast<cuuint32_t>(shape.columns), 1};
-    return encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, data, 3, sizes, strides, box, swizzle);
+    return encode_map(map, kBytes, data, {bytes, b_rows, args->groups}, {bytes, bytes * b_rows},
+                      {box_bytes, shape.columns, 1}, swizzle);
   };
   const int packed_error =
       encode_weight(maps.packed, packed, k / 2, 128, CU_TENSOR_MAP_SWIZZLE_128B);  // two blocks

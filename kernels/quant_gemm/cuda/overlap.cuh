@@ -13,7 +13,7 @@
 #include "pair_tiles.cuh"
 #include "product.cuh"
 #include "wgmma.cuh"
-#include "wgmma_e4m3.cuh"
+#include "wgmma_shared.cuh"
 
 namespace causeway {
 

@@ -8,7 +8,7 @@
 #include "launch.cuh"
 #include "tiles.cuh"
 #include "wgmma.cuh"
-#include "wgmma_e4m3.cuh"
+#include "wgmma_shared.cuh"
 
 namespace causeway {
 

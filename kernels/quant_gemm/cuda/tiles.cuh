@@ -5,6 +5,7 @@
 
 #include "gemm.h"
 #include "hopper.cuh"
+#include "walk.cuh"
 
 namespace causeway {
 
@@ -54,71 +55,31 @@ struct alignas(16) Tile {
   int group;
 };
 
-// The tiles of one block of threads, in order; made after the kernel that writes the offsets. Whole warps
-// call it: a lane holds two neighbouring groups, so that a warp looks at 64 groups at once.
-template <class S>
-class Schedule {
+// A unit of work among the groups of rows that it belongs to.
+struct GroupUnit {
+  int group;
+  int row, row_end;  // the group's
+  int index;         // among the group's units
+};
+
+// Finds units of work: the rows of every group make some, one group after the other. Whole warps call it: a lane holds two
+// neighbouring groups, so that a warp looks at 64 groups at once.
+class GroupWindow {
  public:
-  __device__ __forceinline__ explicit Schedule(const GemmArguments& args)
-      : args_(args), next_(blockIdx.x), lead_(args.row_offset % S::kColumns) {
-    tiles_n_ = (args.n + lead_ + S::kColumns - 1) / S::kColumns;
-    if (args.offsets == nullptr) {
-      start_ = 0;
-      middle_ = stop_ = args.rows;
-      end_ = tiles(args.rows);
-    } else {
-      load();
-    }
+  // One group of all rows.
+  __device__ __forceinline__ void hold(int rows, int units) {
+    start_ = 0;
+    middle_ = stop_ = rows;
+    end_ = units;
   }
-
-  __device__ __forceinline__ Tile advance() {
-    Tile tile = {0, -1, 0, 0};
-    uint32_t found;
-    while ((found = __ballot_sync(kAll, next_ < end_)) == 0) {
-      window_ += kWindow;
-      if (args_.offsets == nullptr || window_ >= args_.groups) return tile;
-      base_ = __shfl_sync(kAll, end_, 31);
-      load();
-    }
-    const int lane = __ffs(found) - 1;
-    const int middle = __shfl_sync(kAll, middle_, lane), stop = __shfl_sync(kAll, stop_, lane);
-    const int start = __shfl_sync(kAll, start_, lane), end = __shfl_sync(kAll, end_, lane);
-    const int upper = end - tiles(stop - middle);  // where the tiles of the lane's second group begin
-    const bool second = next_ >= upper;
-    const int first = second ? middle : start;
-    tile.row_end = second ? stop : middle;
-    tile.group = window_ + 2 * lane + second;
-    const int index = next_ - (second ? upper : upper - tiles(middle - start));
-    const int tiles_m = (tile.row_end - first + S::kRows - 1) / S::kRows;
-    int m = 0, n = index;
-    if (tiles_m > 1) {
-      const int band = index / (kRasterTiles * tiles_m);
-      const int width = min(kRasterTiles, tiles_n_ - band * kRasterTiles);
-      const int inside = index - band * kRasterTiles * tiles_m;
-      m = inside / width;
-      n = band * kRasterTiles + inside - m * width;
-    }
-    tile.row = first + m * S::kRows;
-    tile.column = n * S::kColumns - lead_;
-    next_ += gridDim.x;
-    return tile;
-  }
-
- private:
-  static constexpr uint32_t kAll = 0xFFFFFFFFu;
-  static constexpr int kWindow = 64;  // groups
-  static constexpr int kRasterTiles = S::kColumns > 128 ? 8 : 16;  // column tiles that neighbours walk together
-
-  __device__ __forceinline__ int tiles(int rows) const {
-    return (rows + S::kRows - 1) / S::kRows * tiles_n_;
-  }
-
-  __device__ __forceinline__ void load() {
+  // The groups of `args.offsets`; `units`: of a number of rows.
+  template <class Units>
+  __device__ __forceinline__ void load(const GemmArguments& args, const Units& units) {
     const int lane = threadIdx.x % 32, group = window_ + 2 * lane;
-    start_ = static_cast<int>(args_.offsets[min(group, args_.groups)]);
-    middle_ = static_cast<int>(args_.offsets[min(group + 1, args_.groups)]);
-    stop_ = static_cast<int>(args_.offsets[min(group + 2, args_.groups)]);
-    end_ = tiles(middle_ - start_) + tiles(stop_ - middle_);
+    start_ = static_cast<int>(args.offsets[min(group, args.groups)]);
+    middle_ = static_cast<int>(args.offsets[min(group + 1, args.groups)]);
+    stop_ = static_cast<int>(args.offsets[min(group + 2, args.groups)]);
+    end_ = units(middle_ - start_) + units(stop_ - middle_);
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
       const int before = __shfl_up_sync(kAll, end_, step);
@@ -126,24 +87,68 @@ class Schedule {
     }
     end_ += base_;
   }
+  // Unit `at`, if there is one; units are asked for in ascending order.
+  template <class Units>
+  __device__ __forceinline__ bool find(int at, const GemmArguments& args, const Units& units, GroupUnit& unit) {
+    uint32_t found;
+    while ((found = __ballot_sync(kAll, at < end_)) == 0) {
+      window_ += kWindow;
+      if (args.offsets == nullptr || window_ >= args.groups) return false;
+      base_ = __shfl_sync(kAll, end_, 31);
+      load(args, units);
+    }
+    const int lane = __ffs(found) - 1;
+    const int middle = __shfl_sync(kAll, middle_, lane), stop = __shfl_sync(kAll, stop_, lane);
+    const int start = __shfl_sync(kAll, start_, lane), end = __shfl_sync(kAll, end_, lane);
+    const int upper = end - units(stop - middle);  // where the units of the lane's second group begin
+    const bool second = at >= upper;
+    unit = {window_ + 2 * lane + second, second ? middle : start, second ? stop : middle,
+            at - (second ? upper : upper - units(middle - start))};
+    return true;
+  }
+
+ private:
+  static constexpr uint32_t kAll = 0xFFFFFFFFu;
+  static constexpr int kWindow = 64;  // groups
+
+  int window_ = 0, base_ = 0;                        // first group of the window, units before it
+  int start_ = 0, middle_ = 0, stop_ = 0, end_ = 0;  // rows of the lane's groups; units up to their end
+};
+
+// The tiles of one block of threads, in order; made after the kernel that writes the offsets, by whole warps.
+template <class S>
+class Schedule {
+ public:
+  __device__ __forceinline__ explicit Schedule(const GemmArguments& args)
+      : args_(args), next_(blockIdx.x), lead_(args.row_offset % S::kColumns) {
+    tiles_n_ = (args.n + lead_ + S::kColumns - 1) / S::kColumns;
+    if (args.offsets == nullptr) {
+      window_.hold(args.rows, tiles(args.rows));
+    } else {
+      window_.load(args, [this](int rows) { return tiles(rows); });
+    }
+  }
+
+  __device__ __forceinline__ Tile advance() {
+    GroupUnit unit;
+    if (!window_.find(next_, args_, [this](int rows) { return tiles(rows); }, unit)) return {0, -1, 0, 0};
+    const int tiles_m = (unit.row_end - unit.row + S::kRows - 1) / S::kRows;
+    TilePlace at = {0, unit.index};
+    if (tiles_m > 1) at = place_in_bands(unit.index, tiles_m, tiles_n_, kBand);
+    next_ += gridDim.x;
+    return {unit.row + at.m * S::kRows, unit.row_end, at.n * S::kColumns - lead_, unit.group};
+  }
+
+ private:
+  static constexpr int kBand = S::kColumns > 128 ? 8 : 16;  // column tiles
+
+  __device__ __forceinline__ int tiles(int rows) const {
+    return (rows + S::kRows - 1) / S::kRows * tiles_n_;
+  }
 
   const GemmArguments& args_;
   int next_, lead_, tiles_n_;
-  int window_ = 0, base_ = 0;                        // first group of the window, tiles before it
-  int start_ = 0, middle_ = 0, stop_ = 0, end_ = 0;  // rows of the lane's groups; tiles up to their end
-};
-
-// A position in the ring of stages.
-template <int STAGES>
-struct Slot {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void next() {
-    if (++stage == STAGES) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
+  GroupWindow window_;
 };
 
 // Tiles from the weight's producer to the consumers. Tile t + 1 is written with the last block of tile t, so whoever

@@ -1,4 +1,4 @@
-// As wgmma_e4m3.cuh, with A in registers: a thread of warp w holds, of rows 16 w + lane / 4 (a[0], a[2]) and 8 further on
+// As `WgmmaE4m3`, with A in registers: a thread of warp w holds, of rows 16 w + lane / 4 (a[0], a[2]) and 8 further on
 // (a[1], a[3]), the columns lane % 4 * 4 .. + 3 (a[0], a[1]) and those 16 further on (a[2], a[3]).
 #pragma once
 

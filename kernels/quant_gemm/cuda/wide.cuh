@@ -16,7 +16,7 @@
 #include "store.cuh"
 #include "tiles.cuh"
 #include "wgmma.cuh"
-#include "wgmma_e4m3.cuh"
+#include "wgmma_shared.cuh"
 
 namespace causeway {
 

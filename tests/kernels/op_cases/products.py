@@ -99,14 +99,29 @@ def swiglu_quant(inner: int, k: int) -> Make:
 def experts(
     weight: Weight, hidden: int, inner: int, held: int, *, quant: bool, keep_fp4: bool = False
 ) -> Make:
-    """Rows come in any order with an expert each; they are sorted around the op."""
+    """``held`` experts of such weights."""
 
-    def make(count: int, device: torch.device, dtype: torch.dtype) -> Inputs:
+    def prepare(device: torch.device) -> kernels.PreparedExperts:
         def stack(n: int, k: int) -> list[BlockWeight]:
             return [weight(device, n, k) for _ in range(held)]
 
         lists = stack(inner, hidden), stack(inner, hidden), stack(hidden, inner)
-        prepared = kernels.prepare_experts(*lists, keep_fp4=keep_fp4)
+        return kernels.prepare_experts(*lists, keep_fp4=keep_fp4)
+
+    return rows_of_experts(prepare, hidden, held, quant=quant)
+
+
+def rows_of_experts(
+    prepare: Callable[[torch.device], kernels.PreparedExperts],
+    hidden: int,
+    held: int,
+    *,
+    quant: bool,
+) -> Make:
+    """Rows come in any order with an expert each; they are sorted around the op."""
+
+    def make(count: int, device: torch.device, dtype: torch.dtype) -> Inputs:
+        prepared = prepare(device)
         rows = {
             # Uneven: the first expert has half of the rows, the last none.
             "expert": (torch.rand(count, device=device) ** 2 * (held - 1)).long(),

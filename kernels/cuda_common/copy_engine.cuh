@@ -1,17 +1,14 @@
-// Hopper instructions that only the GEMM uses: the bulk tensor copy engine, the store of 8x8 matrices to
-// shared memory, and the early start of dependent kernels.
+// Hopper's instructions for what goes to a product and comes from it: the bulk tensor copy engine, and the store of 8x8
+// matrices to shared memory.
 #pragma once
 
 #include <cuda.h>
 
 #include <cstdint>
 
-namespace causeway {
+#include "hopper.cuh"
 
-__device__ __forceinline__ void mbar_expect(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
+namespace causeway {
 
 __device__ __forceinline__ void load_2d(
     const CUtensorMap* map, uint32_t target, uint32_t barrier, int column, int row) {
