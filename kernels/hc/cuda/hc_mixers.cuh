@@ -132,8 +132,7 @@ __device__ __forceinline__ void mix_tiles(const Arguments& args, const Maps& map
                      thread_again() % 32);
       }
       fence_async_proxy();  // the copy engine reads this, and writes here next
-      __syncwarp();
-      if (thread_again() % 32 == 0) mbar_arrive(made + stage * 8);
+      mbar_arrive(made + stage * 8);  // each lane for itself: racecheck follows that
       mbar_wait(made + stage * 8, i / L::kStages & 1);
       if (thread_again() == 0) {
         const int first = (share.group + i * args.groups) * kTile;
