@@ -189,6 +189,8 @@ __device__ __forceinline__ void normed_tiles(const Arguments& args, char* memory
   const char* tile_rows = memory + warp * kPart * 128 + lane / 8 * kBoxBytes;
   float4* norm_weight = reinterpret_cast<float4*>(memory + L::kWeight) + lane * 2;
   keep_norm_weight(args, column, norm_weight);
+  // A token's oldest row waits in shared memory, as much as there is room.
+  uint4* aside = reinterpret_cast<uint4*>(memory + L::kAside) + warp * 32 + lane;
   uint4 held[kLag][kPart];
   int stage = 0;
   uint32_t phase = 0;
@@ -252,7 +254,7 @@ __device__ __forceinline__ void normed_tiles(const Arguments& args, char* memory
 #pragma unroll
       for (int t = 0; t < kPart; ++t) {
         uint4& row = held[kLag - 1][t];
-        row = norm_columns(row, __shfl_sync(~0u, factor, 16 + t * 8), weight);
+        row = norm_columns(t == 0 ? *aside : row, __shfl_sync(~0u, factor, 16 + t * 8), weight);
         if (t < left) __stcs(reinterpret_cast<uint4*>(out + t * args.dim), row);
         peaks[t] = peaks_of(peaks_of(row.x, row.y), peaks_of(row.z, row.w));
       }
@@ -280,6 +282,7 @@ __device__ __forceinline__ void normed_tiles(const Arguments& args, char* memory
     for (int t = 0; t < kPart; ++t) {
 #pragma unroll
       for (int age = kLag - 1; age > 0; --age) held[age][t] = held[age - 1][t];
+      if (t == 0) *aside = held[kLag - 1][t];
       held[0][t] = rows[t];
     }
   }

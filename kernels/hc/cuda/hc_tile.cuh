@@ -55,7 +55,8 @@ struct Layout {
   static constexpr int kSide = kStages * kStageBytes;
   static constexpr int kPartial = kSide + (kMode == Mode::kPostPre ? kSides * kSideBytes : 0);
   static constexpr int kWeight = kPartial + kPartials * kPartialBytes;  // of the norm
-  static constexpr int kFull = kWeight + (kNorm ? kSlab * 4 : 0);
+  static constexpr int kAside = kWeight + (kNorm ? kSlab * 4 : 0);  // rows of half of the tokens, see normed_tiles
+  static constexpr int kFull = kAside + (kNorm ? kTile / 2 * kStreamBytes : 0);
   // Per stage: loaded; streams made; sums sent; free. Of kServeLag tiles: collapsed; post and comb made.
   static constexpr int kCollapsed = 4 * kStages * 8, kServed = kCollapsed + kServeLag * 8;
   static constexpr int kBytes = kFull + kServed + kServeLag * 8;

@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kAllThreads, 1) hc_kernel(const __grid_constan
     share.epoch = *reinterpret_cast<volatile unsigned*>(args.flags);
     for (int s = 0; s < L::kStages; ++s) {
       mbar_init(full + s * 8, 1);
-      mbar_init(made + s * 8, kMixers);
+      mbar_init(made + s * 8, kPost ? kMixers : 1);
       mbar_init(sent + s * 8, kMixWarps / 2);
       mbar_init(empty + s * 8, kColumnWarps + kPost);
     }
