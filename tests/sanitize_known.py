@@ -191,16 +191,6 @@ KNOWN: tuple[Known, ...] = (
         " both are at kListed",
     ),
     Known(
-        Line("hc_mixers.cuh", "(at + box * kBoxBytes + k * kTile * 128) ="),
-        (
-            Line("hc_math.cuh", "ldmatrix.sync.aligned.m8n8.x4.shared.b16"),
-            Line("hc_columns.cuh", "x[s] = *reinterpret_cast<const uint4*>(at"),
-        ),
-        "who reads a tile waits at `made`, where a lane of each mixing warp arrives after a __syncwarp;"
-        " the stage's next tile comes when the column warps have collapsed this one, by factors made of"
-        " the sums of all mixing warps, which travel as words with a tag",
-    ),
-    Known(
         Line("hc_mixers.cuh", "if (quad == 0) to[kTile * "),
         _TOTALS,
         _SUMMED,
@@ -220,15 +210,6 @@ KNOWN: tuple[Known, ...] = (
         (Line("hc_factors.cuh", "mbarrier.arrive.expect_tx"),),
         "the lane that sets a barrier up is the one that tells it its bytes; those of three other warps"
         " lie beside it, and all wait behind a __syncthreads",
-    ),
-    Known(
-        Line("hc_factors.cuh", "cp.async.bulk.shared::cluster.global.mbarrier"),
-        (
-            Line("hc_mixers.cuh", "const float4 post = factors[token];"),
-            Line("hc_mixers.cuh", "comb[j] = factors[kTile + token * kStreams + j];"),
-        ),
-        "the copy's bytes are counted by `full`, which every thread that reads them waits for; the copy"
-        " of two tiles later is asked for behind `made`, where each warp that has read them arrives",
     ),
     Known(
         Line("prefill_scores.cuh", "s.shrink[step & 1][line + 8 * i] = shrink;"),

@@ -30,7 +30,7 @@ _SOURCES = [
     Path(__file__).parents[1] / "quant_rows" / "cuda" / "scale_columns.cuh",
 ]
 _STREAMS, _SLAB, _TILE = 4, 256, 16  # as in the sources
-_RING, _SUMS, _OWNED_RING, _OWNED_SUMS = 16, 20, 10, 28 + 5  # tiles kept, words of a token
+_RING, _SUMS, _OWNED_RING, _OWNED_SUMS = 16, 20, 10, 2  # tiles kept, words of a token and slab
 _FEW = 64  # tokens up to which clusters run
 _SLAB_WORDS = 32  # of a token and a slab
 _MULTIPLE = 1024  # columns come in multiples of this

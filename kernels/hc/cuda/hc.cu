@@ -122,6 +122,7 @@ extern "C" int causeway_hc(int mode, int few, const void* x, int64_t x_token, in
   args.eps = eps;
   args.norm_eps = norm_eps;
   args.rms_eps = rms_eps;
+  args.inverse_dim = 1.0f / static_cast<float>(dim);
   cudaStream_t queue = static_cast<cudaStream_t>(stream);
   switch (mode) {
     case 0:

@@ -154,17 +154,38 @@ __device__ __forceinline__ uint32_t scale_byte(uint32_t peak) {
       __float_as_uint(fmaxf(__uint_as_float(peak), 1e-4f) * static_cast<float>(1.0 / 448.0));
   return peak > 0x7F800000u ? 255u : min((bits >> 23) + ((bits & 0x7FFFFFu) != 0 ? 1u : 0u), 255u);
 }
-__device__ __forceinline__ uint2 code_columns(const uint4& row, uint32_t byte) {
-  const float inverse = __uint_as_float(byte == 255 ? 0x7FC00000u : (254 - byte) << 23);
+// What code_columns multiplies by, twice as bf16: a power of two, or NaN.
+__device__ __forceinline__ uint32_t inverse_scale(uint32_t byte) {
+  return (byte == 255 ? 0x7FC0u : (254 - byte) << 7) * 0x10001u;
+}
+__device__ __forceinline__ uint2 code_columns(const uint4& row, uint32_t inverse) {
   uint32_t pairs[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint32_t word = (&row.x)[i];
-    pairs[i] = __nv_cvt_float2_to_fp8x2(make_float2(low_half(word) * inverse, high_half(word) * inverse),
-                                        __NV_SATFINITE, __NV_E4M3);
+    // Exact, but for what is too small for a code.
+    uint32_t word;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(word) : "r"((&row.x)[i]), "r"(inverse));
+    pairs[i] = __nv_cvt_float2_to_fp8x2(make_float2(low_half(word), high_half(word)), __NV_SATFINITE,
+                                        __NV_E4M3);
   }
   return make_uint2(pairs[0] | (pairs[1] << 16), pairs[2] | (pairs[3] << 16));
 }
+
+// Of two magnitudes in bf16 the scale bytes, see scale_byte: the exponent of what is 448 = 1.75 * 2^8 times less,
+// rounded up, at least that of 1e-4; 255 where a magnitude is not finite. And what code_columns multiplies by: a
+// NaN for 255.
+struct Scales {
+  uint32_t bytes, inverse[2];
+  __device__ __forceinline__ explicit Scales(uint32_t peaks) {
+    const uint32_t wild = (peaks + 0x00800080u) >> 15 & 0x00010001u;
+    const uint32_t up = (peaks + 0x001F001Fu) >> 7 & 0x01FF01FFu;
+    bytes = (__vmaxu2(up, 0x00710071u) - 0x00080008u) | wild * 255;
+    // Exponents of 2^(254 - byte) plus one, with a bit of the mantissa behind; of a NaN the subtraction may borrow.
+    const uint32_t exponents = (bytes ^ 0x00FF00FFu) * 128 + wild * 64;
+    inverse[0] = __byte_perm(exponents, 0, 0x1010) - 0x00800080u;
+    inverse[1] = __byte_perm(exponents, 0, 0x3232) - 0x00800080u;
+  }
+};
 
 // `bytes` (a multiple of 16) global -> shared by the copy engine, counted by `bar`.
 __device__ __forceinline__ void bulk_copy(uint32_t smem, const void* global, uint32_t bytes,

@@ -227,7 +227,8 @@ __device__ __forceinline__ void store_normed(const Arguments& args, int64_t toke
   const uint32_t left = __reduce_max_sync(~0u, lane < 16 ? peak : 0u);
   const uint32_t right = __reduce_max_sync(~0u, lane < 16 ? 0u : peak);
   const uint32_t byte = scale_byte(lane < 16 ? left : right);
-  *reinterpret_cast<uint2*>(args.codes + token * args.code_row + column) = code_columns(row, byte);
+  *reinterpret_cast<uint2*>(args.codes + token * args.code_row + column) =
+      code_columns(row, inverse_scale(byte));
   if (lane % 16 == 0) {
     args.code_scale[token * args.code_scale_row + column / 128] = static_cast<uint8_t>(byte);
   }

@@ -38,7 +38,7 @@ struct Arguments {
   int64_t x_token, x_stream, a_token, code_row, code_scale_row, tokens;
   int dim, slabs, groups, blocks, iters, norm_is_float, few;  // blocks: that the ring has room for
   int a_is_float;  // few tokens: `a` holds float32, rounded as it is read
-  float eps, norm_eps, rms_eps;
+  float eps, norm_eps, rms_eps, inverse_dim;
 };
 
 __device__ __forceinline__ float low_half(uint32_t word) { return __uint_as_float(word << 16); }

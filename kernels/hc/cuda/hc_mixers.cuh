@@ -132,8 +132,7 @@ __device__ __forceinline__ void mix_tiles(const Arguments& args, const Maps& map
                      thread_again() % 32);
       }
       fence_async_proxy();  // the copy engine reads this, and writes here next
-      __syncwarp();
-      if (thread_again() % 32 == 0) mbar_arrive(made + stage * 8);
+      mbar_arrive(made + stage * 8);  // each lane for itself: racecheck follows that
       mbar_wait(made + stage * 8, i / L::kStages & 1);
       if (thread_again() == 0) {
         const int first = (share.group + i * args.groups) * kTile;
@@ -185,33 +184,20 @@ __device__ __forceinline__ void mix_tiles(const Arguments& args, const Maps& map
         sum.z += more.z;
         sum.w += more.w;
       }
-      if constexpr (!L::kDirect) {
-        const OwnedWords words = owned_words_of(args, share, i);
-        uint64_t* to = words.sums + (token * args.slabs + share.slab) * kRecord +
-                       (squares ? kSquares : adder * 4 % kMixes);
-        if (squares) {
+      const Words words = words_of(args, share, i);
+      const int at = token * args.slabs + share.slab, four = adder % (kMixes / 4);
+      uint64_t *gates = words.gates + at * kGateWords, *others = words.others + at * kOthers;
+      if (squares) {
 #pragma unroll
-          for (int n = 0; n < 4; ++n) store_word(to + n * args.slabs * kRecord, (&sum.x)[n], words.tag);
-        } else {
-          store_words(to, make_float2(sum.x, sum.y), words.tag);
-          store_words(to + 2, make_float2(sum.z, sum.w), words.tag);
+        for (int n = 0; n < 4; ++n) {
+          store_word(gates + n * args.slabs * kGateWords + 3, (&sum.x)[n], words.tag);
+          if (kMode != Mode::kHead) {
+            store_word(others + (n * args.slabs + 1) * kOthers - 1, (&sum.x)[n], words.tag);
+          }
         }
       } else {
-        const Words words = words_of(args, share, i);
-        const int at = token * args.slabs + share.slab, four = adder % (kMixes / 4);
-        uint64_t *gates = words.gates + at * kGateWords, *others = words.others + at * kOthers;
-        if (squares) {
-#pragma unroll
-          for (int n = 0; n < 4; ++n) {
-            store_word(gates + n * args.slabs * kGateWords + 3, (&sum.x)[n], words.tag);
-            if (kMode != Mode::kHead) {
-              store_word(others + (n * args.slabs + 1) * kOthers - 1, (&sum.x)[n], words.tag);
-            }
-          }
-        } else {
-          store_line(four == 0 ? gates : others + (four - 1) * 2, sum.x, sum.y, sum.z, words.tag);
-          store_word(four == 0 ? gates + 2 : others + kLasts + four - 1, sum.w, words.tag);
-        }
+        store_line(four == 0 ? gates : others + (four - 1) * 2, sum.x, sum.y, sum.z, words.tag);
+        store_word(four == 0 ? gates + 2 : others + kLasts + four - 1, sum.w, words.tag);
       }
     }
     __syncwarp();

@@ -18,7 +18,6 @@ constexpr int kColumnWarps = 8;  // collapse kPart tokens of a tile each
 constexpr int kPart = kTile / kColumnWarps;
 constexpr int kServers = 3;      // finish the tokens that the block owns, each every third tile
 constexpr int kAllThreads = kMixers + (kColumnWarps + 1 + kServers) * 32;
-constexpr int kSums = kRecord * kTile;
 constexpr int kServeLag = 8;  // tiles that are loaded at most before a tile's post and comb are made
 constexpr int kLag = 2;       // tiles that are collapsed before the norm of a tile
 constexpr int kRing = 16;     // tiles whose words are kept
@@ -56,7 +55,8 @@ struct Layout {
   static constexpr int kSide = kStages * kStageBytes;
   static constexpr int kPartial = kSide + (kMode == Mode::kPostPre ? kSides * kSideBytes : 0);
   static constexpr int kWeight = kPartial + kPartials * kPartialBytes;  // of the norm
-  static constexpr int kFull = kWeight + (kNorm ? kSlab * 4 : 0);
+  static constexpr int kAside = kWeight + (kNorm ? kSlab * 4 : 0);  // rows of half of the tokens, see normed_tiles
+  static constexpr int kFull = kAside + (kNorm ? kTile / 2 * kStreamBytes : 0);
   // Per stage: loaded; streams made; sums sent; free. Of kServeLag tiles: collapsed; post and comb made.
   static constexpr int kCollapsed = 4 * kStages * 8, kServed = kCollapsed + kServeLag * 8;
   static constexpr int kBytes = kFull + kServed + kServeLag * 8;
@@ -90,13 +90,6 @@ __device__ __forceinline__ void barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Two words that lie together.
-__device__ __forceinline__ void store_words(uint64_t* p, float2 values, uint32_t tag) {
-  const uint64_t high = (uint64_t)tag << 32;
-  asm volatile("st.relaxed.gpu.global.v2.u64 [%0], {%1, %2};" ::"l"(p),
-               "l"(high | __float_as_uint(values.x)), "l"(high | __float_as_uint(values.y))
-               : "memory");
-}
 // The word again unless it has the tag: a load without a branch, so that several are under way at once.
 __device__ __forceinline__ void load_again(uint64_t& word, const uint64_t* p, uint32_t tag) {
   asm volatile(
@@ -106,7 +99,7 @@ __device__ __forceinline__ void load_again(uint64_t& word, const uint64_t* p, ui
       : "l"(p), "r"(tag)
       : "memory");
 }
-__device__ __forceinline__ bool has_tag(uint64_t word, uint32_t tag) { return word >> 32 == tag; }
+__device__ __forceinline__ bool has_tag(uint64_t word, uint32_t tag) { return (uint32_t)(word >> 32) == tag; }
 __device__ __forceinline__ float value_of(uint64_t word) { return __uint_as_float((uint32_t)word); }
 
 __device__ __forceinline__ void load_line(uint32_t (&line)[4], const uint64_t* p) {
@@ -161,19 +154,17 @@ __device__ __forceinline__ Words words_of(const Arguments& args, const Share& sh
   return {ring + slot * kGateWords, ring + most * kGateWords + slot * kOthers, share.epoch + i / kRing + 1};
 }
 
-// The same where owners make the factors, in a place behind: sums for the owner of each token, [group, slot,
-// token, slab, record]; behind all of them, factors [group, slot, token, stream]; behind these, squares of the
-// collapsed rows [group, slot, token, slab].
+// What blocks send besides where owners make the factors, in a place behind: factors [group, slot, token, stream];
+// behind all of them, squares of the collapsed rows [group, slot, token, slab].
 struct OwnedWords {
-  uint64_t *sums, *factors, *squares;
+  uint64_t *factors, *squares;
   uint32_t tag;
 };
 __device__ __forceinline__ OwnedWords owned_words_of(const Arguments& args, const Share& share, int i) {
   const int64_t most = (int64_t)args.blocks * kRing * kTile;
-  uint64_t* ring = reinterpret_cast<uint64_t*>(args.ring) + most * (kGateWords + kOthers);
+  uint64_t* factors = reinterpret_cast<uint64_t*>(args.ring) + most * (kGateWords + kOthers);
   const int slot = share.group * kOwnedRing + i % kOwnedRing, slots = args.groups * kOwnedRing;
-  uint64_t* factors = ring + (int64_t)slots * args.slabs * kSums;
-  return {ring + (int64_t)slot * args.slabs * kSums, factors + slot * kTile * kStreams,
+  return {factors + slot * kTile * kStreams,
           factors + slots * kTile * kStreams + slot * kTile * args.slabs, share.epoch + i / kOwnedRing + 1};
 }
 

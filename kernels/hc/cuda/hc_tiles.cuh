@@ -11,34 +11,68 @@
 namespace causeway {
 namespace hc {
 
-// A serving warp: post and the logits of comb of this block's token, of every third tile. Lane 4 w + c takes
-// line w of each fourth slab from c on, then makes what lies at place c of the sums.
+// A serving warp makes the factors of this block's token of a tile and sends them to all blocks of the group. Lane
+// s takes what slab s sent.
 template <Mode kMode>
-__device__ __forceinline__ void serve_others(const Arguments& args, uint32_t full, const Share& share,
-                                             int who) {
-  using L = Layout<kMode, false>;
-  const uint32_t served = full + L::kServed;
+__device__ __forceinline__ void send_factors(const Arguments& args, const Share& share, int i, int lane) {
+  const Words words = words_of(args, share, i);
+  const Affine affine = load_affine<kMode>(args, lane / 8);
+  const bool there = lane < args.slabs;
+  const uint64_t* from = words.gates + (share.slab * args.slabs + (there ? lane : 0)) * kGateWords;
+  Gates gates;
+  gates.load(from);
+  while (true) {
+    const bool have = gates.have(words.tag);
+    if (__all_sync(~0u, have)) break;
+    if (!have) gates.load(from);
+  }
+  const auto value = [&](uint32_t bits) { return there ? __uint_as_float(bits) : 0.0f; };
+  const float sums[4] = {value(gates.line[0][0]), value(gates.line[0][1]), value(gates.line[0][2]),
+                         value(gates.line[1][0])};
+  const float squares = add_lanes(value(gates.line[1][2]));
+  const float factor = sigmoid(logit_of(args, add_four<32>(sums, lane), squares, affine)) + args.eps;
+  const OwnedWords owned = owned_words_of(args, share, i);
+  if (lane % 8 == 0) store_word(owned.factors + share.slab * kStreams + lane / 8, factor, owned.tag);
+}
+
+// A serving warp: post and the logits of comb of this block's token, of every third tile; where owners make the
+// factors, these first. Lane 4 w + c takes line w of each fourth slab from c on, then makes what lies at place c
+// of the sums.
+template <Mode kMode, bool kNorm>
+__device__ __forceinline__ void serve(const Arguments& args, uint32_t full, const Share& share, int who) {
+  using L = Layout<kMode, kNorm>;
+  const uint32_t sent = full + 2 * L::kStages * 8, served = full + L::kServed;
   const int lane = thread_again() % 32, line = lane / 4, place = lane % 4;
   const bool lasts = line >= kLasts / 2;  // words of one value
   int mix = lasts ? 7 + (line - kLasts / 2) * 8 + place * 2 : line * 4 + 4 + place;
   if (place == 3 || mix >= kMixes || (lasts && place == 1)) mix = kSquares;  // none
   const Affine affine = load_affine<kMode>(args, mix);
-  for (int i = who; i < share.tiles; i += kServers) {
-    // The block has collapsed the tile: mostly all words are there.
-    mbar_wait(full + L::kCollapsed + i % kServeLag * 8, i / kServeLag & 1);
+  constexpr int kLate = L::kDirect ? 0 : kServers;
+  for (int i = who - kLate; i < share.tiles; i += kServers) {
+    if (!L::kDirect && i + kLate < share.tiles) {
+      // The other blocks' sums come when this block's do: asking earlier would only keep L2 busy.
+      const int next = i + kLate;
+      mbar_wait(sent + next % L::kStages * 8, next / L::kStages & 1);
+      send_factors<kMode>(args, share, next, lane);
+    }
+    if (i < 0) continue;
+    // The block has collapsed the tile, or this warp has made a later one's factors: mostly all words are there.
+    if (L::kDirect) mbar_wait(full + L::kCollapsed + i % kServeLag * 8, i / kServeLag & 1);
     const Words words = words_of(args, share, i);
     const uint64_t* from = words.others + (share.slab * args.slabs + place) * kOthers + line * 2;
-    uint32_t found[kMostSlabs / 4][4];
+    // Slabs come in fours. All words are asked for before one is looked at.
+    uint32_t found[kMostSlabs / 4][4] = {};
     bool all;
     do {
       all = true;
 #pragma unroll
       for (int k = 0; k < kMostSlabs / 4; ++k) {
-        found[k][0] = found[k][1] = found[k][2] = 0;
-        if (place + 4 * k < args.slabs) {
-          load_line(found[k], from + 4 * k * kOthers);
-          all = all && found[k][3] == words.tag && (!lasts || found[k][1] == words.tag);
-        }
+        if (4 * k < kLeastSlabs || 4 * k < args.slabs) load_line(found[k], from + 4 * k * kOthers);
+      }
+#pragma unroll
+      for (int k = 0; k < kMostSlabs / 4; ++k) {
+        const bool there = found[k][3] == words.tag && (!lasts || found[k][1] == words.tag);
+        all = all && (there || (4 * k >= kLeastSlabs && 4 * k >= args.slabs));
       }
     } while (!__all_sync(~0u, all));
     if (lane == 0) mbar_arrive(served + i % kServeLag * 8);
@@ -56,63 +90,6 @@ __device__ __forceinline__ void serve_others(const Arguments& args, uint32_t ful
     if (row < args.tokens && mix < kMixes) {
       if (mix < 8) args.post[row * 4 + mix - 4] = 2.0f * sigmoid(logit);
       if (mix >= 8) args.comb[row * 16 + mix - 8] = logit;  // for comb_kernel
-    }
-  }
-}
-
-// The same where owners make the factors, too: these go back to all blocks. Lane r takes record r of eight
-// slabs at once.
-template <Mode kMode, bool kNorm>
-__device__ __forceinline__ void serve_factors(const Arguments& args, uint32_t full, const Share& share,
-                                              int who) {
-  using L = Layout<kMode, kNorm>;
-  const uint32_t sent = full + 2 * L::kStages * 8;
-  const int lane = thread_again() % 32, record = lane < kMixes ? lane : kSquares;
-  const Affine affine = load_affine<kMode>(args, record);
-  for (int i = who; i < share.tiles; i += kServers) {
-    // The other blocks' sums come when this block's do: asking earlier would only keep L2 busy.
-    mbar_wait(sent + i % L::kStages * 8, i / L::kStages & 1);
-    const OwnedWords words = owned_words_of(args, share, i);
-    const uint64_t* from = words.sums + share.slab * args.slabs * kRecord + record;
-    // In the order of add_slabs: slabs that differ in bit 4 of their number first, then in bit 3, ..
-    float sums[2][2];  // of slabs that differ in bit 0, by bit 1
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      const int low = n % 2 * 2 + n / 2;  // bits 2 and 1
-      const auto slab_of = [&](int k) { return k / 2 * 8 + low * 2 + k % 2; };
-      uint64_t word[8];
-#pragma unroll
-      for (int k = 0; k < 8; ++k) {
-        word[k] = (uint64_t)words.tag << 32;
-        if (slab_of(k) < kLeastSlabs || slab_of(k) < args.slabs) {
-          word[k] = load_word(from + slab_of(k) * kRecord);
-        }
-      }
-      while (true) {
-        bool all = true;
-#pragma unroll
-        for (int k = 0; k < 8; ++k) all = all && has_tag(word[k], words.tag);
-        if (__all_sync(~0u, all)) break;
-#pragma unroll
-        for (int k = 0; k < 8; ++k) load_again(word[k], from + slab_of(k) * kRecord, words.tag);
-      }
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const float mine =
-            (value_of(word[k]) + value_of(word[k + 4])) + (value_of(word[k + 2]) + value_of(word[k + 6]));
-        sums[n / 2][k] = n % 2 == 0 ? mine : sums[n / 2][k] + mine;
-      }
-    }
-    const float sum = (sums[0][0] + sums[1][0]) + (sums[0][1] + sums[1][1]);
-    const float squares = __shfl_sync(~0u, sum, kSquares);
-    const float logit = logit_of(args, sum, squares, affine);
-    if (lane < kStreams) {
-      store_word(words.factors + share.slab * kStreams + lane, sigmoid(logit) + args.eps, words.tag);
-    }
-    const int64_t row = (int64_t)(share.group + i * args.groups) * kTile + share.slab;
-    if (row < args.tokens) {
-      if (lane >= 4 && lane < 8) args.post[row * 4 + lane - 4] = 2.0f * sigmoid(logit);
-      if (lane >= 8 && lane < 24) args.comb[row * 16 + lane - 8] = logit;  // for comb_kernel
     }
   }
 }
@@ -159,7 +136,7 @@ __global__ void __launch_bounds__(kAllThreads, 1) hc_kernel(const __grid_constan
     share.epoch = *reinterpret_cast<volatile unsigned*>(args.flags);
     for (int s = 0; s < L::kStages; ++s) {
       mbar_init(full + s * 8, 1);
-      mbar_init(made + s * 8, kMixWarps);
+      mbar_init(made + s * 8, kPost ? kMixers : 1);
       mbar_init(sent + s * 8, kMixWarps / 2);
       mbar_init(empty + s * 8, kColumnWarps + kPost);
     }
@@ -178,7 +155,7 @@ __global__ void __launch_bounds__(kAllThreads, 1) hc_kernel(const __grid_constan
     if constexpr (L::kDirect) {
       direct_tiles<kMode>(args, memory, full, share);
     } else {
-      owned_tiles<kMode, kNorm>(args, memory, full, share, warp - kMixWarps, thread % 32);
+      normed_tiles<kMode>(args, memory, full, share, warp - kMixWarps, thread % 32);
     }
   } else {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers<kNorm>::kOthers));
@@ -187,7 +164,7 @@ __global__ void __launch_bounds__(kAllThreads, 1) hc_kernel(const __grid_constan
       for (int i = 0; leads && i < share.tiles; ++i) {
         const int stage = i % L::kStages;
         if (i >= L::kStages) mbar_wait(empty + stage * 8, (i / L::kStages - 1) & 1);
-        if (L::kDirect && kMode != Mode::kHead && i >= kServeLag && share.slab < kTile) {
+        if (kMode != Mode::kHead && i >= kServeLag && share.slab < kTile) {
           mbar_wait(full + L::kServed + i % kServeLag * 8, (i / kServeLag - 1) & 1);
         }
         if (kPost && i >= kSides) {
@@ -199,11 +176,7 @@ __global__ void __launch_bounds__(kAllThreads, 1) hc_kernel(const __grid_constan
       }
     } else if (kMode != Mode::kHead && share.slab < kTile) {
       const int who = thread_again() / 32 - kMixWarps - kColumnWarps - 1;
-      if constexpr (L::kDirect) {
-        serve_others<kMode>(args, full, share, who);
-      } else {
-        serve_factors<kMode, kNorm>(args, full, share, who);
-      }
+      serve<kMode, kNorm>(args, full, share, who);
     }
   }
   __syncwarp();
