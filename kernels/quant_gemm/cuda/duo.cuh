@@ -52,7 +52,6 @@ class DuoGroup {
   // The products of a block of K run while those of the one before are scaled and added. A tile is stored before the
   // group's next products begin: with products under way at the loop's end the compiler serialises all (C7514, C7518).
   __device__ __forceinline__ void one(const Tile& tile) {
-    constexpr bool kEach = S::kDepth == 1;  // a stage is one block: else two, and the second frees it
     float sum[S::kParts], part[2][S::kParts];
 #pragma unroll
     for (int i = 0; i < S::kParts; ++i) sum[i] = 0.0f;
@@ -61,39 +60,38 @@ class DuoGroup {
     for (int g = 0; g < S::kScaleGroups; ++g) line_[g] = S::kLines > 1 && g * S::kGroup >= first ? kLineBytes : 0;
     const int last = args_.k_blocks - 1;
     await();
-    start(part[0], 0);
+    multiply<S::kProductColumns>(part[0], ring_.rows(stage_[kNow], 0), ring_.weight(stage_[kNow], 0));
     int kb = 0;  // its products are under way in part[0], and `kNow` its stage
     for (; kb + 2 <= last; kb += 2) {
-      if (kEach) await();
-      start(part[1], S::kDepth - 1);
-      take(kEach ? kBefore : kNow, 0);
-      wgmma_wait<1>();
-      add(sum, part[0], kEach ? kBefore : kNone);
-      await();
-      start(part[0], 0);
-      take(kBefore, S::kDepth - 1);
-      wgmma_wait<1>();
-      add(sum, part[1], kBefore);
+      advance<S::kDepth - 1>(sum, part[0], part[1]);
+      advance<0>(sum, part[1], part[0]);
     }
     if (kb < last) {
-      if (kEach) await();
-      start(part[1], S::kDepth - 1);
-      hand_over();
-      take(kEach ? kBefore : kNow, 0);
-      wgmma_wait<1>();
-      add(sum, part[0], kEach ? kBefore : kNone);
-      take(kNow, S::kDepth - 1);
-      wgmma_wait<0>();
-      add(sum, part[1], kNow);
+      advance<S::kDepth - 1, true>(sum, part[0], part[1]);
+      finish(sum, part[1], S::kDepth - 1);
     } else {
       hand_over();
-      take(kNow, 0);
-      wgmma_wait<0>();
-      add(sum, part[0], kNow);
+      finish(sum, part[0], 0);
     }
-    if (lane_ == 0) bulk_wait_read();
-    __syncwarp();
-    store_pair<S>(args_, maps_.out, tile, sum, staging_, member_, lane_);
+    if constexpr (S::kWoven) {
+      named_barrier(1, 128);  // all warps' products have read the last stage
+      const uint32_t staging = ring_.rows(stage_[kNow], 0) + member_ * S::kStagingWarp;
+      store_pair<S>(args_, maps_.out, tile, sum, staging, member_, lane_);
+      if (!is_last()) {  // else nobody asks for the stage, and the other block may end before the arrival is there
+        if (lane_ == 0) bulk_wait_read();
+        __syncwarp();
+        leave(kNow);
+      }
+    } else {
+      if (lane_ == 0) bulk_wait_read();
+      __syncwarp();
+      store_pair<S>(args_, maps_.out, tile, sum, staging_, member_, lane_);
+    }
+  }
+
+  __device__ __forceinline__ bool is_last() const {
+    DuoWalk<S> ahead = walk_;
+    return ahead.next().row_end < 0;
   }
 
   // Waits for the next stage.
@@ -104,9 +102,44 @@ class DuoGroup {
     next_.next();
   }
 
-  // Starts the product of the d-th block of the stage.
-  __device__ __forceinline__ void start(float (&part)[S::kParts], int d) {
-    multiply<S::kProductColumns>(part, ring_.rows(stage_[kNow], d), ring_.weight(stage_[kNow], d));
+  // Starts the product of the next block, the D-th of its stage, and adds the one before. A warp waits while the tensor
+  // cores take its instructions one by one: wide products gain by additions between them, narrow ones lose.
+  template <int D, bool kLast = false>
+  __device__ __forceinline__ void advance(float (&sum)[S::kParts], float (&before)[S::kParts],
+                                          float (&next)[S::kParts]) {
+    constexpr int kSteps = kBlockK / 32, kBehind = S::kWoven ? kSteps - 1 : 0;  // instructions
+    if (D == 0) await();
+    const uint32_t a = operand(ring_.rows(stage_[kNow], D)), b = operand(ring_.weight(stage_[kNow], D));
+    fence_regs(next);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kSteps - kBehind; ++k) WgmmaE4m3<S::kProductColumns>::run(next, a + k * 2, b + k * 2, k != 0);
+    wgmma_commit();
+    if (kLast) hand_over();
+    take(D == 0 ? kBefore : kNow, D == 0 ? S::kDepth - 1 : 0);
+    wgmma_wait<1>();
+    fence_regs(before);
+    if (D == 0) leave(kBefore);
+    if constexpr (kBehind == 0) {
+      add<0, 1>(sum, before);
+    } else {
+      add<0, kBehind>(sum, before);
+      WgmmaE4m3<S::kProductColumns>::run(next, a + 2, b + 2, 1);
+      add<1, kBehind>(sum, before);
+      WgmmaE4m3<S::kProductColumns>::run(next, a + 4, b + 4, 1);
+      add<2, kBehind>(sum, before);
+      WgmmaE4m3<S::kProductColumns>::run(next, a + 6, b + 6, 1);
+      wgmma_commit();
+    }
+  }
+
+  // Adds the tile's last product, the d-th of its stage.
+  __device__ __forceinline__ void finish(float (&sum)[S::kParts], float (&part)[S::kParts], int d) {
+    take(kNow, d);
+    wgmma_wait<0>();
+    fence_regs(part);
+    if (!S::kWoven) leave(kNow);
+    add<0, 1>(sum, part);
   }
 
   // Reads the scales of the d-th block of a stage.
@@ -117,22 +150,26 @@ class DuoGroup {
     }
   }
 
-  // Adds a finished product, and frees its stage if it is the last of it.
-  __device__ __forceinline__ void add(float (&sum)[S::kParts], float (&part)[S::kParts], int freed) {
-    fence_regs(part);
-    if (freed != kNone) {
-      mbar_arrive(ring_.empty + stage_[freed] * 8);
-      __syncwarp();
-      if (lane_ == 0) mbar_arrive_in(others_empty_ + stage_[freed] * 8);
-    }
+  // Frees a stage whose products are finished.
+  __device__ __forceinline__ void leave(int which) {
+    mbar_arrive(ring_.empty + stage_[which] * 8);
+    __syncwarp();
+    if (lane_ == 0) mbar_arrive_in(others_empty_ + stage_[which] * 8);
+  }
+
+  // Adds the PIECE-th of PIECES parts of a finished product.
+  template <int PIECE, int PIECES>
+  __device__ __forceinline__ void add(float (&sum)[S::kParts], const float (&part)[S::kParts]) {
+    constexpr int kQuads = S::kParts / 4;
 #pragma unroll
-    for (int i = 0; i < S::kParts; i += 4) {
+    for (int i = kQuads * PIECE / PIECES * 4; i < kQuads * (PIECE + 1) / PIECES * 4; i += 4) {
       const float2 f = s_[i * 2 / S::kGroup];
       sum[i] = fmaf(part[i], f.x, sum[i]);
       sum[i + 1] = fmaf(part[i + 1], f.x, sum[i + 1]);
       sum[i + 2] = fmaf(part[i + 2], f.y, sum[i + 2]);
       sum[i + 3] = fmaf(part[i + 3], f.y, sum[i + 3]);
     }
+    if (PIECES > 1) fence_regs(sum);
   }
 
   // Past the other group's tile.
@@ -147,12 +184,11 @@ class DuoGroup {
   // of the ring apart only.
   __device__ __forceinline__ void hand_over() {
     if constexpr (S::kTakesTurns) {
-      DuoWalk<S> ahead = walk_;
-      if (ahead.next().row_end >= 0) asm volatile("bar.arrive %0, 256;" ::"r"(2 - turn_) : "memory");
+      if (!is_last()) asm volatile("bar.arrive %0, 256;" ::"r"(2 - turn_) : "memory");
     }
   }
 
-  static constexpr int kNow = 0, kBefore = 1, kNone = -1;  // stages
+  static constexpr int kNow = 0, kBefore = 1;  // stages
   static constexpr uint32_t kLineBytes = S::kBlockRows * 4;
 
   const Maps& maps_;
@@ -177,9 +213,11 @@ __global__ void __cluster_dims__(S::kBlocks, 1, 1) __launch_bounds__(S::kThreads
   const DuoWalk<S> walk(args, rank);
   if constexpr (S::kEarly) {
     if (warp == S::kWarps && walk.length() >= 48 && elect_one()) {
-      const int column = DuoWalk<S>(walk).next().column + rank * S::kShare;
+      const int column = DuoWalk<S>(walk).next().column + (S::kWoven ? 0 : rank * S::kShare);
       const int ahead = min(S::kStages * S::kDepth, args.k_blocks);
-      for (int kb = 0; kb < ahead; ++kb) prefetch_3d(&maps.b, kb * kBlockK - args.col_offset, column, 0);
+      for (int kb = S::kWoven ? rank : 0; kb < ahead; kb += S::kWoven ? S::kBlocks : 1) {
+        prefetch_3d(&maps.b, kb * kBlockK - args.col_offset, column, 0);
+      }
     }
   }
   if (threadIdx.x == 0) ring.init();

@@ -39,7 +39,8 @@ struct DuoRing {
   }
 };
 
-// The weight's half of this block, to both. It does not come from the previous kernel: the ring may fill already.
+// The weight to both: this block's half of the columns, or every second block of K. It does not come from the previous
+// kernel: the ring may fill already.
 template <class S>
 __device__ __forceinline__ void bring_weight(const CUtensorMap& map, const GemmArguments& args, const DuoRing<S>& ring,
                                              DuoWalk<S> walk, int rank) {
@@ -49,13 +50,14 @@ __device__ __forceinline__ void bring_weight(const CUtensorMap& map, const GemmA
     for (int kb = 0; kb < args.k_blocks; kb += S::kDepth, slot.next()) {
       const uint32_t barrier = ring.full + slot.stage * 8;
       mbar_wait(ring.empty + slot.stage * 8, slot.parity ^ 1);
-      mbar_expect(barrier, min(S::kDepth, args.k_blocks - kb) * S::kBlockBytes);  // the rows' too
+      mbar_expect(barrier, min(S::kDepth, args.k_blocks - kb) * S::kBlockBytes);  // the rows' and the other's too
 #pragma unroll
       for (int d = 0; d < S::kDepth; ++d) {
         if (S::kDepth > 1 && kb + d >= args.k_blocks) break;
-        load_3d_all_once(&map, ring.weight(slot.stage, d) + rank * (S::kShare * kBlockK), barrier,
-                         (kb + d) * kBlockK - args.col_offset, tile.column + rank * S::kShare, 0,
-                         (1 << S::kBlocks) - 1, once);
+        if (S::kWoven && (kb + d) % S::kBlocks != rank) continue;
+        const int first = S::kWoven ? 0 : rank * S::kShare;
+        load_3d_all_once(&map, ring.weight(slot.stage, d) + first * kBlockK, barrier,
+                         (kb + d) * kBlockK - args.col_offset, tile.column + first, 0, (1 << S::kBlocks) - 1, once);
       }
     }
   }

@@ -15,8 +15,10 @@ namespace causeway {
 
 // Two blocks of threads (a cluster) with 64 rows each against the same BN columns, multiplied by GROUPS warpgroups that
 // take turns, from a ring of STAGES with DEPTH blocks of K. EARLY: the first weights go to L2 before the cluster has
-// met, where so many blocks of K follow that it pays.
-template <int BN, int STAGES, int DEPTH, int GROUPS, bool EARLY>
+// met, where so many blocks of K follow that it pays. WOVEN: additions stand between the instructions of the next
+// product, the blocks of threads take turns to bring whole blocks of the weight, and the store goes through the tile's
+// last stage, which leaves room for one stage more.
+template <int BN, int STAGES, int DEPTH, int GROUPS, bool EARLY, bool WOVEN>
 struct DuoShape {
   static constexpr int kBlocks = 2, kBlockRows = 64, kRows = kBlocks * kBlockRows, kColumns = BN, kProductColumns = BN;
   static constexpr int kParts = BN / 2, kStages = STAGES, kDepth = DEPTH;  // kParts: accumulators of a thread
@@ -24,20 +26,21 @@ struct DuoShape {
   static constexpr int kLines = 128 % BN == 0 ? 1 : 2;       // lines of the weight's blocks that a tile may meet
   static constexpr int kABytes = kBlockRows * kBlockK, kBBytes = BN * kBlockK;  // of one block of K
   static constexpr int kBlockBytes = kABytes + kBBytes, kStageBytes = DEPTH * kBlockBytes;
-  static constexpr int kShare = BN / kBlocks;  // columns that a block brings
-  static constexpr bool kTakesTurns = GROUPS > 1, kEarly = EARLY;
+  static constexpr int kShare = WOVEN ? BN : BN / kBlocks;  // columns that a block brings at once
+  static constexpr bool kTakesTurns = GROUPS > 1, kEarly = EARLY, kWoven = WOVEN;
   static constexpr int kWarps = 4 * GROUPS, kThreads = (kWarps + (kTakesTurns ? 4 : 3)) * 32;
   static constexpr int kUnit = BN % 64 == 0 ? 64 : BN % 32 == 0 ? 32 : 16;  // columns that one copy stores
   static constexpr int kUnitBytes = 16 * kUnit * 2, kStagingWarp = BN / kUnit * kUnitBytes;
   // Behind the ring: staging of the store, the stages' scales, barriers.
   static constexpr int kStagingOffset = STAGES * kStageBytes;
   static constexpr int kScaleBytes = DEPTH * kLines * kBlockRows * 4;
-  static constexpr int kScaleOffset = kStagingOffset + kWarps * kStagingWarp;
+  static constexpr int kScaleOffset = kStagingOffset + (WOVEN ? 0 : kWarps * kStagingWarp);
   static constexpr int kBarrierOffset = kScaleOffset + STAGES * kScaleBytes;
   static constexpr int kSharedBytes = kBarrierOffset + STAGES * 16;
 
   static_assert(kSharedBytes <= 232448, "more shared memory than a block may have");
   static_assert(kShare * kBlockK % 1024 == 0, "swizzled tiles");
+  static_assert(!WOVEN || (!kTakesTurns && kWarps * kStagingWarp <= kStageBytes), "a stage holds the tile");
   static_assert(DEPTH <= 2 && GROUPS <= 2, "two products are in registers, two groups take turns");
 };
 

@@ -42,14 +42,14 @@
   X(23, 96, 5, 3)          \
   X(24, 128, 5, 3)
 
-// Tiles of duo.cuh: X(index, columns, stages, blocks of K in a stage, warpgroups, early).
-#define SHAPES_DUO(X)          \
-  X(25, 32, 8, 2, 1, false)    \
-  X(26, 64, 6, 2, 1, false)    \
-  X(27, 96, 5, 2, 1, true)     \
-  X(28, 112, 9, 1, 1, true)    \
-  X(29, 128, 8, 1, 1, false)   \
-  X(30, 128, 8, 1, 2, true)
+// Tiles of duo.cuh: X(index, columns, stages, blocks of K in a stage, warpgroups, early, woven).
+#define SHAPES_DUO(X)                  \
+  X(25, 32, 8, 2, 1, false, false)     \
+  X(26, 64, 6, 2, 1, false, false)     \
+  X(27, 96, 5, 2, 1, true, false)      \
+  X(28, 112, 10, 1, 1, true, true)     \
+  X(29, 128, 8, 1, 1, false, false)    \
+  X(30, 128, 8, 1, 2, true, false)
 
 // Tiles of group.cuh: X(index, gated).
 #define SHAPES_GROUP(X)    \

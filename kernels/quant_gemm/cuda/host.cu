@@ -48,8 +48,9 @@ struct TileShape {
   {128 * blocks, columns, 128, columns / blocks, product % 64 == 0 ? 64 : 32, blocks, CAUSEWAY_SHAPE_NAME(index)},
 #define OVERLAP_ENTRY(index, columns, ...) \
   {128, columns, 128, columns, columns % 64 == 0 ? 64 : 32, 1, CAUSEWAY_SHAPE_NAME(index)},
-#define DUO_ENTRY(index, columns, ...)                                                       \
-  {128, columns, 64, columns / 2, columns % 64 == 0 ? 64 : columns % 32 == 0 ? 32 : 16, 2, CAUSEWAY_SHAPE_NAME(index)},
+#define DUO_ENTRY(index, columns, stages, depth, groups, early, woven)                                              \
+  {128, columns, 64, woven ? columns : columns / 2, columns % 64 == 0 ? 64 : columns % 32 == 0 ? 32 : 16, 2,        \
+   CAUSEWAY_SHAPE_NAME(index)},
 #define GROUP_ENTRY(index, gated) {256, gated ? 128 : 256, 64, 128, 64, 2, CAUSEWAY_SHAPE_NAME(index)},
 const TileShape kTiles[] = {SHAPES_SMALL(ENTRY) SHAPES_LARGE(ENTRY) SHAPES_WIDE(WIDE_ENTRY)
                             SHAPES_PAIR(PAIR_ENTRY) SHAPES_HALF(ENTRY) SHAPES_OVERLAP(OVERLAP_ENTRY)
