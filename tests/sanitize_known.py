@@ -121,7 +121,7 @@ _ENTRIES = (
     Line("decode_read.cuh", "rest = entries[lane / 4];"),
 )
 _FIRST_BASE = Line("decode_wide.cuh", "s.lines[kPart].base[line + 8 * i] = base[i];")
-_FACTOR = Line("decode_read.cuh", "auto factor_of =")
+_SCALES = Line("decode_read.cuh", "reinterpret_cast<const uint4*>(scales)[i]")
 _PAIR = Line("decode_read.cuh", "reinterpret_cast<const uint16_t*>(scales)[lane]")
 _TOTALS = (
     Line("hc_mixers.cuh", "float4 sum = fours[0];"),
@@ -146,13 +146,13 @@ KNOWN: tuple[Known, ...] = (
     ),
     Known(
         _LISTED,
-        (_FACTOR, _PAIR),
+        (_SCALES, _PAIR),
         "a warp that lists keys writes their scales; after a __syncwarp one lane of eight arrives at"
         " `listed`, which the warp that decodes those eight waits for",
     ),
     Known(
         Line("decode_wide.cuh", "s.table.places[threadIdx.x - 128] = place;"),
-        (_FACTOR, _PAIR, _PLACE, _OWN_PLACE),
+        (_SCALES, _PAIR, _PLACE, _OWN_PLACE),
         "the next item's places take the room of this one's scales behind kReady + 1, where every warp"
         " has arrived after it decoded its keys; a __syncthreads that warps reach from two places lies"
         " between these and who reads them",

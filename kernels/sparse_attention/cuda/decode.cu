@@ -49,7 +49,11 @@ extern "C" int causeway_attend_decode(const void* q, int64_t q_row, int64_t q_he
                   chunks,
                   capacity,
                   0,
-                  0};
+                  0,
+                  Divisor(ring_per_page),
+                  Divisor(per_page),
+                  Divisor((heads + kHeadTile - 1) / kHeadTile * chunks),
+                  Divisor(chunks)};
   bool narrow = heads <= kFewHeads;
   int64_t items = (int64_t)rows * a.tiles * chunks, blocks = narrow ? 2 * processors : processors;
   if (items < blocks) blocks = items;

@@ -151,8 +151,9 @@ __global__ void __launch_bounds__(kNarrowThreads, 2) decode_narrow_kernel(const 
   NarrowSmem& s = *reinterpret_cast<NarrowSmem*>(smem);
   int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0), lane = threadIdx.x & 31;
   uint32_t keys = smem_address(s.keys), parity = 0;
-  bool lists = warp % 4 == 0, multiplies = warp < kNarrowMultiply;
-  int own_key = warp * kGroupKeys + lane;  // of a thread that lists, if there are so many
+  bool lists = warp == 0 || warp == 5 || warp == 8;  // of four warps one; not all on the same quarter of the processor
+  bool multiplies = warp < kNarrowMultiply;
+  int own_key = warp / 4 * 32 + lane;  // of a thread that lists, if there are so many
   int listed = lists && own_key < kNarrowKeys ? own_key : -1;
   if (threadIdx.x == 0) {
     mbar_init(smem_address(&s.queries), 1);

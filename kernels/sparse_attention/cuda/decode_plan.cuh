@@ -12,6 +12,19 @@ constexpr int kChunk = kTiles * kTileKeys;
 constexpr int kFewHeads = 16;    // so many have a kernel of their own, with smaller chunks
 constexpr int kNarrowKeys = 80;  // of its chunks
 
+// Division of numbers below 2^31 by one that is known on the host: a multiplication. What lies between the end of the
+// kernel ahead and the first copies is as long as its instructions.
+struct Divisor {
+  uint32_t factor;
+  int shift;
+
+  explicit Divisor(int by) : shift(31) {
+    while ((1ll << (shift - 31)) < by) ++shift;
+    factor = (uint32_t)((1ull << shift) / by + 1);
+  }
+  __device__ __forceinline__ int quotient(int x) const { return (int)((uint64_t)(uint32_t)x * factor >> shift); }
+};
+
 struct DecodeArgs {
   const __nv_bfloat16* q;
   int64_t q_row, q_head;
@@ -32,6 +45,8 @@ struct DecodeArgs {
   int capacity;  // entries that a row's table has room for
   int ragged;    // many chunks may not exist: items are counted, not computed
   int many;      // a block may have more than one item
+  Divisor ring_page, entry_page;  // entries of a page
+  Divisor row_items, tile_items;  // items of a row and of a tile, if all chunks exist
 };
 
 // One chunk of a (row, 64 heads or fewer). Items are numbered row by row, tile by tile, chunk by chunk.
@@ -82,11 +97,10 @@ struct Walk {
     Item it = {};
     it.number = number;
     if (a.ragged) return it;
-    unsigned chunks = a.chunks, in_row = (unsigned)a.tiles * chunks;
-    it.row = (unsigned)number / in_row;
-    unsigned rest = (unsigned)number - it.row * in_row;
-    it.tile = rest / chunks;
-    it.chunk = rest - it.tile * chunks;
+    it.row = a.row_items.quotient(number);
+    int rest = number - it.row * a.tiles * a.chunks;
+    it.tile = a.tile_items.quotient(rest);
+    it.chunk = rest - it.tile * a.chunks;
     return it;
   }
 
@@ -183,12 +197,12 @@ __device__ __forceinline__ Place locate_key(const DecodeArgs& a, const Item& it,
   Place place = {-1, 0};
   if (at < a.window) {
     if (key >= 0) {
-      unsigned slot = (unsigned)key;  // no memory has room for more
-      place.page = (int)(slot / (unsigned)a.ring.per_page);
-      place.offset = (int)(slot - (unsigned)place.page * (unsigned)a.ring.per_page);
+      int slot = (int)key;  // no memory has room for more
+      place.page = a.ring_page.quotient(slot);
+      place.offset = slot - place.page * a.ring.per_page;
     }
   } else if (key >= 0 && key < it.limit) {
-    int block = (unsigned)key / (unsigned)a.entries.pages.per_page;
+    int block = a.entry_page.quotient((int)key);
     place.page = __ldg(a.entries.block_table + (int64_t)it.seq * a.entries.table_row + block);
     place.offset = (int)key - block * a.entries.pages.per_page;
   }

@@ -71,7 +71,7 @@ struct KeyTable {
   static constexpr int kGroups = kKeys / kGroupKeys;
   union {
     Place places[kKeys];  // until the copies are sent, or where there are none
-    uint2 scales[kKeys];
+    alignas(16) uint2 scales[kKeys];
   };
   uint64_t listed[kGroups];  // barriers: scales (or places) and `exists` are there
   uint8_t exists[kGroups];   // keys of a group
@@ -136,7 +136,16 @@ __device__ __forceinline__ void decode_group(const KeyTable<kKeys>& table, uint3
   __syncwarp();
   const uint8_t* scales = reinterpret_cast<const uint8_t*>(&table.scales[kGroupKeys * group]);
   uint32_t present = table.exists[group];  // keys that do not have finite values: nobody's weight but zero meets them
-  auto factor_of = [&](int r, int half) { return min(scales[8 * r + 4 * half + block] + 120u, 254u) * 0x00800080u; };
+  uint32_t words[2 * kGroupKeys];  // those of a row in two words: all lanes read the same ones, two rows at once
+#pragma unroll
+  for (int i = 0; i < kGroupKeys / 2; ++i) {
+    uint4 rows = reinterpret_cast<const uint4*>(scales)[i];
+    words[4 * i] = rows.x, words[4 * i + 1] = rows.y, words[4 * i + 2] = rows.z, words[4 * i + 3] = rows.w;
+  }
+  uint32_t select = 0x4440 + block;  // a byte, and zeros
+  auto factor_of = [&](int r, int half) {
+    return min(__byte_perm(words[2 * r + half], 0, select) + 120u, 254u) * 0x00800080u;
+  };
   auto place_of = [&](int r, int half) { return ((to + chunk * 16) ^ (r << 4)) + 4 * half * kSubtile + r * 128; };
   auto load = [&](int r, int half) { return load_shared_pair(at + r * kSubtile + 256 * half + 8 * lane); };
   auto write = [&](int r, uint2 codes, int half) {

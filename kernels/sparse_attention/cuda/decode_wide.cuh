@@ -1,6 +1,6 @@
 // Decode of more than 16 heads: a block works on 160 keys of a row for 64 heads.
 //
-// Five warpgroups have 32 keys each. Their first warps find the keys; the warpgroups send for the entries one after the
+// Five warpgroups have 32 keys each. One warp of each finds the keys; the warpgroups send for the entries one after the
 // other, so that copies arrive in that order, and decode their keys as they come. The keys are two parts: 96 and 64.
 // The first warpgroup makes the scores and probabilities of the first part while the second is under way, the last
 // one those of the second. Warpgroups 0..3 own 128 output columns each, of all keys; the last one adds up, finishes
@@ -65,7 +65,7 @@ enum Barrier : int {
   kListed = 1,                  // + warpgroup: its keys have been found, and those before have been sent for
   kDecoded = kListed + kTiles,  // + part: its keys are there
   kBase = kDecoded + kParts,    // what the first part's probabilities are relative to; its scores are made
-  kScored = kBase + 1,          // the second part's scores are made
+  kScored = kBase + 1,          // the first half of the queries' columns is needed no more
   kReady = kScored + 1,         // + part: its probabilities are there
   kSums = kListed,              // of both parts' probabilities
   kFactors = kReady + kParts,   // of the result
@@ -87,9 +87,14 @@ __device__ __forceinline__ void score(DecodeSmem& s, float (&z)[4 * kColumns]) {
       mma_m64n96k16_ss(z, queries, values, k > 0);
     } else {
       mma_m64n64k16_ss(z, queries, values, k > 0);
+      if (k == 15) wgmma_commit();
     }
   }
   wgmma_commit();
+  if constexpr (kPart > 0) {  // the first part's probabilities wait for that room
+    wgmma_wait<1>();
+    named_barrier_arrive(kScored, 256);
+  }
   wgmma_wait<0>();
   fence_regs(z);
 }
@@ -136,17 +141,14 @@ __device__ __forceinline__ void weigh(DecodeSmem& s, const DecodeArgs& a, float 
   uint32_t p[2][kColumns];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    float shift = base[i] == kNegInf ? 0.0f : base[i], total = 0.0f;
+    float shift = base[i] == kNegInf ? 0.0f : base[i];
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
-      float x = exp2_fast(fmaf(z[4 * j + 2 * i], factor, -shift));
-      float y = exp2_fast(fmaf(z[4 * j + 2 * i + 1], factor, -shift));
-      total += x + y;
-      p[i][j] = pack_bf16(x, y);
+      float* x = z + 4 * j + 2 * i;
+      x[0] = exp2_fast(fmaf(x[0], factor, -shift));
+      x[1] = exp2_fast(fmaf(x[1], factor, -shift));
+      p[i][j] = pack_bf16(x[0], x[1]);
     }
-    total += __shfl_xor_sync(~0u, total, 1);
-    total += __shfl_xor_sync(~0u, total, 2);
-    if (t == 0) s.lines[kPart].total[line + 8 * i] = total;
   }
   if constexpr (kPart == 0) named_barrier(kScored, 256);
   uint32_t to = smem_address(kPart == 0 ? s.first_p : s.second_p);
@@ -158,6 +160,21 @@ __device__ __forceinline__ void weigh(DecodeSmem& s, const DecodeArgs& a, float 
     }
   }
   fence_async_proxy();
+}
+
+// Their sum, which nobody waits for yet.
+template <int kPart, int kColumns>
+__device__ __forceinline__ void add_up(DecodeSmem& s, const float (&z)[4 * kColumns]) {
+  int lane = threadIdx.x & 31, line = 16 * ((threadIdx.x >> 5) & 3) + (lane >> 2);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float total = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) total += z[4 * j + 2 * i] + z[4 * j + 2 * i + 1];
+    total += __shfl_xor_sync(~0u, total, 1);
+    total += __shfl_xor_sync(~0u, total, 2);
+    if ((lane & 3) == 0) s.lines[kPart].total[line + 8 * i] = total;
+  }
 }
 
 // A head's maximum and sum: factor of its result, left where the first part's sum was.
@@ -202,7 +219,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   int group = __shfl_sync(~0u, (int)threadIdx.x / 128, 0), lane = threadIdx.x & 31;
   int warp = __shfl_sync(~0u, (int)threadIdx.x / 32 % 4, 0);
   uint32_t keys = smem_address(s.keys), parity = 0;
-  bool lists = warp == 0, finds = a.many && (group == 1 || group == 2);
+  bool lists = warp == group % 4;  // not all of them on the same quarter of the processor
+  bool finds = a.many && (group == 1 || group == 2);
   int own_key = kTileKeys * group + lane;  // of a thread that lists
   if (threadIdx.x == 0) {
     mbar_init(smem_address(&s.queries), 8);
@@ -225,7 +243,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (it.row >= 0) send_group<kChunk>(s.entries, keys, 4 * group + warp);
     }
     if (group < kTiles - 1) named_barrier_arrive(kListed + group + 1, 256);
-    if (group == 1 && warp == 1 && it.row >= 0) {
+    if (group == 1 && warp == 3 && it.row >= 0) {
       if (lane < 8) copy_queries(s, &query_map, it, lane);
       __syncwarp();
     }
@@ -270,11 +288,11 @@ __global__ void __launch_bounds__(kThreads, 1)
       mbar_wait(smem_address(&s.queries), parity);
       named_barrier(kDecoded + 1, 256);
       score<1, 8>(s, z);
-      named_barrier_arrive(kScored, 256);
       int line = threadIdx.x % 128;
       float sink = it.chunks == 1 && line < kHeadTile ? sink_of(a, it.tile * kHeadTile + line) : kNegInf;
       weigh<1, 8>(s, a, z);
       named_barrier_arrive(kReady + 1, kThreads);
+      add_up<1, 8>(s, z);
       named_barrier(kSums, 256);
       if (line < kHeadTile) finish_line(s, a, it, line, sink);
       if (it.chunks == 1) named_barrier_arrive(kFactors, kThreads);
@@ -286,6 +304,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         named_barrier(kDecoded, 384);
         score<0, 12>(s, z);
         weigh<0, 12>(s, a, z);
+        add_up<0, 12>(s, z);
         named_barrier_arrive(kSums, 256);
       } else {
         named_barrier_arrive(kDecoded + group / kFirstTiles, group < kFirstTiles ? 384 : 256);
