@@ -38,13 +38,13 @@ struct Pool128Share {
 };
 // Four channels that are read once, to registers and to shared memory.
 __device__ __forceinline__ void stream_quad(const float* from, float (&v)[4]) {
-  asm volatile("ld.global.L1::no_allocate.L2::256B.v4.f32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.L2::128B.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
                : "l"(from)
                : "memory");
 }
 __device__ __forceinline__ void stream_quad_async(float4* to, const float* from) {
-  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(smem_address(to)), "l"(from)
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(smem_address(to)), "l"(from)
                : "memory");
 }
 template <int BYTES>
