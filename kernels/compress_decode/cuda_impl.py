@@ -24,7 +24,7 @@ from kernels.qkv_norm_rope.cuda_impl import (
 )
 
 _FOLDER = Path(__file__).parent / "cuda"
-POOLING = (_FOLDER / "pooling.cuh", ROW_MATH, CLUSTER, LATENTS)
+POOLING = (_FOLDER / "pool128.cuh", _FOLDER / "pooling.cuh", ROW_MATH, CLUSTER, LATENTS)
 _FLOATS = (torch.float32, torch.bfloat16)
 
 

@@ -1,7 +1,7 @@
 // Entries pooled from rows that an index names: the chunk form of the compressor, one launch.
 #include <algorithm>
 
-#include "../../compress_decode/cuda/pooling.cuh"
+#include "../../compress_decode/cuda/pool128.cuh"
 
 namespace causeway {
 
@@ -126,7 +126,7 @@ template <int D>
 struct ChunkSource {
   const Chunk& a;
 
-  __device__ __forceinline__ void load(int64_t entry, const PartOf<D>& mine, Pool128Share& share,
+  __device__ __forceinline__ void load(int64_t entry, const PartOf& mine, Pool128Share& share,
                                        float (&g)[8][4]) const {
     const int64_t* index = a.row_index + entry * a.index_stride + mine.first;
     int64_t row[8];
@@ -136,7 +136,7 @@ struct ChunkSource {
     for (int i = 0; i < 8; ++i)
       bring_row<D>(share, i, a.rows + row[i] * a.row_stride + mine.col, row[i] >= 0, g[i]);
   }
-  __device__ void complete(const PartOf<D>&, const Pool128Share&, float (&)[8][4]) const {}
+  __device__ void begin(const Pool128Share&, float (&)[8][4]) const {}
   __device__ int64_t position(int64_t entry) const { return a.positions[entry]; }
   __device__ int64_t slot(int64_t entry) const { return slot_of(a, entry); }
 };
@@ -145,14 +145,14 @@ struct ChunkSource {
 template <int D, class T, bool ONE>
 __global__ void __launch_bounds__(kPool128Threads, ONE ? 4 : 3)
     main128_kernel(const __grid_constant__ Chunk a) {
-  constexpr int kBlocks = D / 64, kRows = kBlockRows<D>;
-  int rank = blockIdx.x % kBlocks;
+  __shared__ Pool128Share share;
+  constexpr int kBlocks = D / 64;
+  int rank = cluster_rank();
   int64_t first = blockIdx.x / kBlocks, step = gridDim.x / kBlocks;
   ask_for_entries(a, first);
-  if (threadIdx.x < kRows / 16)
-    ask_for(a.row_index + first * a.index_stride + rank * kRows + threadIdx.x * 16);
+  if (threadIdx.x < kRowParts) ask_for(a.row_index + first * a.index_stride + threadIdx.x * 16);
+  open_pool128(share);
   await_inputs();
-  __shared__ Pool128Share share;
   pool128_entries<D, T>(ChunkSource<D>{a}, share, a.finish, rank, first, ONE ? first + 1 : a.entries,
                         ONE ? 1 : step);
 }

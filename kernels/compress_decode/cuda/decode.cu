@@ -1,6 +1,6 @@
 // A decode step of a layer's compressors: every row is kept in its ring; rows that end a group pool it.
 // Blocks run in any order, so rows that this launch writes are read from where they come from.
-#include "pooling.cuh"
+#include "pool128.cuh"
 
 namespace causeway {
 
@@ -52,7 +52,13 @@ struct StepRows {
   const Part& part;
   int64_t t, last, base;
   int at, before, col;  // at: ring row of `last`
+  const char* ring;     // these channels of its first row, once `find_ring` was called
 
+  // The address is opaque, or the compiler would make every row's from the start.
+  __device__ __forceinline__ void find_ring() {
+    ring = reinterpret_cast<const char*>(a.state + base * a.state_stride + part.column + col);
+    asm volatile("" : "+l"(ring));
+  }
   // Nothing lies before position 0; rows of this step are read from where they come from, without ape.
   __device__ __forceinline__ bool exists(int j) const { return last >= BACK - 1 - j; }
   __device__ __forceinline__ bool is_raw(int j) const {
@@ -64,11 +70,11 @@ struct StepRows {
   __device__ __forceinline__ const float* address(int j) const {
     int back = BACK - 1 - j, row = at - back;
     row += row < 0 ? a.ring : 0;
-    const int64_t channel = part.column + col;
     if constexpr (PLAIN) {
-      const float* ring = a.state + base * a.state_stride + channel;
-      return ring + (uint64_t)(uint32_t)row * (uint64_t)a.state_stride;
+      uint64_t stride = (uint64_t)a.state_stride * 4;
+      return reinterpret_cast<const float*>(ring + (uint64_t)(uint32_t)row * stride);
     }
+    const int64_t channel = part.column + col;
     bool raw = back <= before || !exists(j);
     int64_t index = raw ? t - min(back, before) : base + row;
     return (raw ? a.rows : a.state) + index * (raw ? a.row_stride : a.state_stride) + channel;
@@ -136,6 +142,7 @@ __device__ __forceinline__ void step4(const Decode& a, const Part& part, float* 
     return;
   }
   Rows rows{a, part, t, last, base, at, before, mine};
+  rows.find_ring();
   Quad q[8];
   if (rows.plain()) {
 #pragma unroll
@@ -185,45 +192,40 @@ template <int D>
 struct StepSource {
   StepRows<D, 1, 128> rows;
   const float4 *own_g, *own_ape;
-  int64_t place;        // page slot
+  int64_t place;  // page slot
   bool keeps;
 
-  __device__ __forceinline__ void load(int64_t, const PartOf<D>& mine, Pool128Share& share,
-                                       float (&g)[8][4]) const {
-    if (rows.plain()) {
+  template <bool PLAIN>
+  __device__ __forceinline__ void load_rows(int first, Pool128Share& share, float (&g)[8][4]) const {
 #pragma unroll
-      for (int i = 0; i < 8; ++i)
-        if (i < 7 || !keeps)
-          bring_row<D>(share, i, rows.template address<true>(mine.first + 2 * i), true, g[i]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        int j = mine.first + 2 * i;
-        if (i < 7 || !keeps)
-          bring_row<D>(share, i, rows.template address<false>(j), rows.exists(j), g[i]);
-      }
+    for (int i = 0; i < 8; ++i) {
+      int j = first + 2 * i;
+      if (i < 7 || !keeps)
+        bring_row<D>(share, i, rows.template address<PLAIN>(j), PLAIN || rows.exists(j), g[i]);
     }
   }
-  // Behind the wait for all rows.
-  __device__ __forceinline__ void complete(const PartOf<D>& mine, const Pool128Share& share,
-                                           float (&g)[8][4]) const {
-    if (keeps) {
-      float u[4];
-      load_values((const float*)&share.u[7][threadIdx.x], u);
-      load_values((const float*)own_g, g[7]);
-      causeway::add_ape(g[7], (const float*)own_ape);
-      float* to = rows.a.state + (rows.base + rows.at) * rows.a.state_stride;
-      to += rows.part.column + rows.col;
-      store_values(to, u);
-      store_values(to + D, g[7]);
+  __device__ __forceinline__ void load(int64_t, const PartOf& mine, Pool128Share& share,
+                                       float (&g)[8][4]) const {
+    if (rows.plain()) {
+      load_rows<true>(mine.first, share, g);
+      return;
     }
-    if (rows.before > 0) {
+    load_rows<false>(mine.first, share, g);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        int j = mine.first + 2 * i;
-        if (rows.is_raw(j)) rows.add_ape(g[i], j, 0);
-      }
-    }
+    for (int i = 0; i < 8; ++i)
+      if (rows.is_raw(mine.first + 2 * i)) rows.add_ape(g[i], mine.first + 2 * i, 0);
+  }
+  __device__ __forceinline__ void begin(const Pool128Share& share, float (&g)[8][4]) const {
+    if (!keeps) return;
+    copies_wait_closed();
+    float u[4];
+    load_values((const float*)&share.u[7][threadIdx.x], u);
+    load_values((const float*)own_g, g[7]);
+    add_ape(g[7], (const float*)own_ape);
+    float* to = rows.a.state + (rows.base + rows.at) * rows.a.state_stride;
+    to += rows.part.column + rows.col;
+    store_values(to, u);
+    store_values(to + D, g[7]);
   }
   __device__ int64_t position(int64_t) const { return rows.last - 127; }
   __device__ int64_t slot(int64_t) const { return place; }
@@ -233,29 +235,31 @@ struct StepSource {
 template <int D, class T>
 __global__ void __launch_bounds__(kPool128Threads, 4) step128_kernel(const __grid_constant__ Decode a) {
   __shared__ Pool128Share share;
-  __shared__ float4 own_rest[2][kPool128Threads / 2];  // g and ape of row t
-  constexpr int kBlocks = D / 64;
+  __shared__ float4 own_rest[2][16];  // g and ape of row t
   const Part& part = a.parts[0];
-  int64_t t = blockIdx.x / kBlocks;
-  int rank = blockIdx.x % kBlocks;
-  const PartOf<D> mine(rank);
+  int64_t t = blockIdx.x / (D / 64);
+  int rank = cluster_rank();
+  const PartOf mine(rank);
   bool keeps = mine.first + 14 == 127;
   ask_for_step(a, part, t, rank * 64);
   if (keeps) ask_for(part.ape + 127 * D + mine.col);
-  int held = threadIdx.x / 32 * 16 + threadIdx.x % 16;  // one of a warp's halves keeps row t
+  open_pool128(share);
   await_inputs();
+  // All numbers at once, and ahead of anything that takes longer.
+  int64_t base = a.base[t], last = a.positions[t], slot = mine.part == 0 ? part.slots[t] : -1;
+  bool follows = t > 0 && a.seq[t - 1] == a.seq[t];
+  float4 *own_g = &own_rest[0][threadIdx.x % 16], *own_ape = &own_rest[1][threadIdx.x % 16];
   if (keeps) {
     const float* own = a.rows + t * a.row_stride + part.column + mine.col;
     stream_quad_async(&share.u[7][threadIdx.x], own);
-    stream_quad_async(&own_rest[0][held], own + D);
-    stream_quad_async(&own_rest[1][held], part.ape + 127 * D + mine.col);
+    stream_quad_async(own_g, own + D);
+    stream_quad_async(own_ape, part.ape + 127 * D + mine.col);
   }
-  int64_t base = a.base[t], last = a.positions[t], slot = part.slots[t];
-  int before = rows_before(a.seq, t, 127);
   if (base < 0) {
     copies_wait_all();
     return;
   }
+  int before = follows ? rows_before(a.seq, t, 127) : 0;
   int at = (int)(a.ring & (a.ring - 1) ? (uint32_t)last % (uint32_t)a.ring : last & (a.ring - 1));
   int place = (int)(last & 127);
   if (place != 127) {
@@ -263,16 +267,13 @@ __global__ void __launch_bounds__(kPool128Threads, 4) step128_kernel(const __gri
     Quad own;
     copies_wait_all();
     load_values((const float*)&share.u[7][threadIdx.x], own.u);
-    load_values((const float*)&own_rest[0][held], own.g);
+    load_values((const float*)own_g, own.g);
     add_ape(own.g, part.ape + place * D + mine.col);
     put_quad<D, 1>(own, a.state + (base + at) * a.state_stride + part.column, 0, mine.col);
     return;
   }
-  StepSource<D> source{{a, part, t, last, base, at, before, mine.col},
-                       &own_rest[0][held],
-                       &own_rest[1][held],
-                       slot,
-                       keeps};
+  StepSource<D> source{{a, part, t, last, base, at, before, mine.col}, own_g, own_ape, slot, keeps};
+  source.rows.find_ring();
   pool128_entries<D, T>(source, share, part.finish, rank, t, t + 1, 1);
 }
 

@@ -1,10 +1,8 @@
 // Gated pooling of rows and the end of an entry: norm, RoPE, rounding, pages. Shared by the decode step
 // and by the chunk form, so that an entry has the same bits from both.
 //
-// A thread holds four neighbouring channels. Sums of squares run over 64 channels (16 lanes) first, then
-// over the groups of 64 in ascending order, whoever holds them.
+// A thread holds four neighbouring channels. Sums of squares run over 64 channels (16 lanes) first.
 #pragma once
-#include "../../qkv_norm_rope/cuda/cluster.cuh"
 #include "../../qkv_norm_rope/cuda/latents.cuh"
 #include "../../qkv_norm_rope/cuda/row_math.cuh"
 #include "launch.cuh"
@@ -88,145 +86,6 @@ __device__ __forceinline__ void pool8(const Quad (&q)[8], float (&x)[4]) {
       x);
 }
 
-// ---- entries of 128 rows: a cluster of D / 64 blocks -------------------------------------------
-//
-// A block reads whole rows, which mostly lie side by side; a warp pools 64 channels of 16 rows (a part),
-// two rows at once in its halves. Parts go to the block that joins them for its 64 channels.
-
-constexpr int kPool128Threads = 256, kPartRows = 16, kRowParts = 128 / kPartRows;
-
-template <int D>
-constexpr int kBlockRows = 128 * 64 / D;
-
-// What a thread pools: rows first + 2 i for i < 8, channels col .. col + 3.
-template <int D>
-struct PartOf {
-  static constexpr int kBlocks = D / 64;  // of a cluster; as many warps of a block have the same rows
-  int section, part, first, col;
-
-  __device__ explicit PartOf(int rank) {
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    section = warp % kBlocks, part = rank * (8 / kBlocks) + warp / kBlocks;
-    first = part * kPartRows + lane / 16, col = section * 64 + lane % 16 * 4;
-  }
-};
-
-// g waits in registers and u in shared memory, so that three blocks fit a processor.
-struct Pool128Share {
-  float4 u[8][kPool128Threads];
-  float parts[3][kRowParts][64];  // top, total, sum of this block's channels
-  float squares[8];
-  uint64_t parts_mail, squares_mail;
-};
-// Four channels that are read once, to registers and to shared memory.
-__device__ __forceinline__ void stream_quad(const float* from, float (&v)[4]) {
-  asm volatile("ld.global.L1::no_allocate.L2::256B.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
-               : "l"(from)
-               : "memory");
-}
-__device__ __forceinline__ void stream_quad_async(float4* to, const float* from) {
-  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(smem_address(to)), "l"(from)
-               : "memory");
-}
-// Row i of a thread: `row` points to its channels of u.
-template <int D>
-__device__ __forceinline__ void bring_row(Pool128Share& share, int i, const float* row, bool there,
-                                          float (&g)[4]) {
-#pragma unroll
-  for (int c = 0; c < 4; ++c) g[c] = kNegInf;
-  if (there) {
-    stream_quad(row + D, g);
-    stream_quad_async(&share.u[i][threadIdx.x], row);
-  } else {
-    share.u[i][threadIdx.x] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  }
-}
-
-struct Part128 {
-  float top[4], total[4], sum[4];
-};
-
-// The part of a warp; both halves get it.
-template <int D, class Source>
-__device__ __forceinline__ Part128 pool_part(const Source& source, const PartOf<D>& mine,
-                                             const Pool128Share& share, float (&g)[8][4]) {
-  Part128 p;
-  float top[4];
-  copies_wait_all();  // each thread reads what it copied
-  source.complete(mine, share, g);
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    p.top[c] = g[0][c];
-#pragma unroll
-    for (int i = 1; i < 8; ++i) p.top[c] = fmaxf(p.top[c], g[i][c]);
-    p.top[c] = fmaxf(p.top[c], __shfl_xor_sync(kAll, p.top[c], 16));
-    top[c] = finite_top(p.top[c]), p.total[c] = p.sum[c] = 0.0f;
-  }
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    float u[4];
-    load_values((const float*)&share.u[i][threadIdx.x], u);
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      float w = gate(g[i][c], top[c]);
-      p.total[c] += w;
-      p.sum[c] = fmaf(w, u[c], p.sum[c]);
-    }
-  }
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    p.total[c] += __shfl_xor_sync(kAll, p.total[c], 16);
-    p.sum[c] += __shfl_xor_sync(kAll, p.sum[c], 16);
-  }
-  return p;
-}
-
-// To the block of these channels: one half of the warp sends the sums, the other the rest.
-__device__ __forceinline__ void send_part(Pool128Share& share, int part, int rank, const Part128& p) {
-  bool second = threadIdx.x % 32 >= 16;
-  int col = threadIdx.x % 16 * 4;
-  float v[4];
-#pragma unroll
-  for (int c = 0; c < 4; ++c) v[c] = second ? p.sum[c] : p.total[c];
-  mail_send4(&share.parts[second ? 2 : 1][part][col], &share.parts_mail, rank, v);
-  if (!second) mail_send4(&share.parts[0][part][col], &share.parts_mail, rank, p.top);
-}
-
-// Joins the parts of 64 channels: the lanes of a warp get four channels each, its two halves the same.
-__device__ __forceinline__ void join_parts(const Pool128Share& share, float (&x)[4]) {
-  constexpr int kHalf = kRowParts / 2;
-  int col = threadIdx.x % 16 * 4, first = threadIdx.x % 32 / 16 * kHalf;
-  float tops[kHalf][4], top[4], total[4], sum[4];
-#pragma unroll
-  for (int p = 0; p < kHalf; ++p) load_values(&share.parts[0][first + p][col], tops[p]);
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    top[c] = tops[0][c];
-#pragma unroll
-    for (int p = 1; p < kHalf; ++p) top[c] = fmaxf(top[c], tops[p][c]);
-    top[c] = finite_top(fmaxf(top[c], __shfl_xor_sync(kAll, top[c], 16)));
-    total[c] = sum[c] = 0.0f;
-  }
-#pragma unroll
-  for (int p = 0; p < kHalf; ++p) {
-    float t[4], s[4];
-    load_values(&share.parts[1][first + p][col], t);
-    load_values(&share.parts[2][first + p][col], s);
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      float w = gate(tops[p][c], top[c]);
-      total[c] = fmaf(w, t[c], total[c]), sum[c] = fmaf(w, s[c], sum[c]);
-    }
-  }
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    total[c] += __shfl_xor_sync(kAll, total[c], 16);
-    sum[c] += __shfl_xor_sync(kAll, sum[c], 16);
-    x[c] = mean_of(sum[c], total[c]);
-  }
-}
-
 // Sum of squares over the 16 lanes that hold 64 channels.
 __device__ __forceinline__ float square_sum(const float (&x)[4]) {
   float sum = x[0] * x[0];
@@ -242,10 +101,13 @@ struct Ending {
   float2 turn[2];  // (cos, sin) of the two rotary pairs
   bool tail;       // whether these channels rotate
 
+  __device__ __forceinline__ void read_weight(const void* from, int f32) {
+    if (f32) load_values((const float*)from, weight);
+    else load_values((const __nv_bfloat16*)from, weight);
+  }
   __device__ __forceinline__ void read(const Finish& f, int col, int dim) {
     tail = col >= dim - kRope;
-    if (f.weight_f32) load_values((const float*)f.weight + col, weight);
-    else load_values((const __nv_bfloat16*)f.weight + col, weight);
+    read_weight((const char*)f.weight + col * (f.weight_f32 ? 4 : 2), f.weight_f32);
     freq[0] = freq[1] = 0.0f;
     if (tail) {
       freq[0] = f.inv_freq[(col - (dim - kRope)) / 2];
@@ -275,7 +137,8 @@ __device__ __forceinline__ void norm_rope(float (&x)[4], float total, int dim, c
                                           float eps) {
   float factor = rsqrtf(total / (float)dim + eps);
 #pragma unroll
-  for (int c = 0; c < 4; ++c) x[c] = as_held<T>(__fmul_rn(__fmul_rn(x[c], factor), end.weight[c]));
+  for (int c = 0; c < 4; ++c) x[c] = __fmul_rn(__fmul_rn(x[c], factor), end.weight[c]);
+  hold<T>(x);
   if (end.tail) {
     rotate(x, end.turn);
     hold<T>(x);
@@ -288,13 +151,14 @@ __device__ __forceinline__ Place place_in(const Pages& pages, int64_t slot) {
   return quick_place_of(pages, max(slot, (int64_t)0));
 }
 
-// The end of a latent; all lanes of a warp call it, `live` ones write.
+// The end of a latent; all lanes of a warp call it, `live` ones write. `alone`: as `finish_latent` has it.
 template <class T>
 __device__ __forceinline__ void finish_main(float (&x)[4], float total, int col, int dim,
                                             const Ending& end, const Finish& f, const Place& at,
-                                            bool stores, int64_t entry, bool live) {
+                                            bool stores, int64_t entry, bool live,
+                                            bool alone = false) {
   norm_rope<T>(x, total, dim, end, f.eps);
-  finish_latent(x, col, dim, end.tail, f.quantize, f.pages, at, live && stores);
+  finish_latent(x, col, dim, end.tail, f.quantize, f.pages, at, live && stores, alone);
   if (live && f.out) store_values((T*)f.out + entry * dim + col, x);
 }
 
@@ -354,68 +218,6 @@ __device__ __forceinline__ void finish_main_block(float (&x)[4], const Ending& e
 #pragma unroll
   for (int i = 0; i < D / 64; ++i) total += sums[i];
   finish_main<T>(x, total, col, D, end, f, at, slot >= 0, entry, true);
-}
-
-// What a lane of warp 0 keeps for the end of an entry, out of its registers.
-struct Waiting {
-  Ending end;
-  Place at;
-  bool stores;
-};
-
-// Main entries pooled from 128 rows: entries first, first + step .. below end, this block being number
-// `rank` of its cluster, and all blocks of the cluster having the same entries. The next entry's rows are
-// read while this one is finished. `source.load(entry, mine, share, g)` brings them; when they are there,
-// `source.complete(mine, share, g)` may still change them.
-template <int D, class T, class Source>
-__device__ __forceinline__ void pool128_entries(const Source& source, Pool128Share& share,
-                                                const Finish& f, int rank, int64_t first, int64_t end,
-                                                int64_t step) {
-  constexpr int kBlocks = D / 64, kFinished = 1;
-  __shared__ Waiting waiting[32];
-  const PartOf<D> mine(rank);
-  int lane = threadIdx.x % 32, col = rank * 64 + lane % 16 * 4;
-  bool finishes = threadIdx.x < 32;
-  float g[8][4];
-  source.load(first, mine, share, g);
-  if (threadIdx.x == 0) mail_open(&share.parts_mail), mail_open(&share.squares_mail);
-  cluster_here();
-  if (finishes) waiting[lane].end.read(f, col, D);
-  cluster_all_here();  // every mailbox is open
-  uint32_t round = 0;
-  for (int64_t entry = first; entry < end; entry += step, ++round) {
-    if (finishes) {  // while rows are under way
-      Waiting& own = waiting[lane];
-      int64_t slot = source.slot(entry);
-      own.end.turn_at(source.position(entry));
-      own.at = place_in(f.pages, slot), own.stores = slot >= 0;
-      if (lane == 0) {
-        mail_expect(&share.parts_mail, sizeof(share.parts));
-        mail_expect(&share.squares_mail, 4 * kBlocks);
-      }
-    }
-    Part128 part = pool_part(source, mine, share, g);
-    bool more = entry + step < end;
-    // Warp 0 finished the last entry: so every block has joined that one's parts.
-    if (!finishes && round) named_barrier(kFinished, kPool128Threads);
-    send_part(share, mine.part, mine.section, part);
-    if (more) source.load(entry + step, mine, share, g);
-    if (!finishes) continue;
-    mail_wait(&share.parts_mail, round & 1);
-    float x[4];
-    join_parts(share, x);
-    hold<T>(x);
-    float square = square_sum(x);
-    if (lane < kBlocks)
-      mail_send(&share.squares[rank], &share.squares_mail, lane, __float_as_uint(square));
-    Waiting own = waiting[lane];
-    mail_wait(&share.squares_mail, round & 1);
-    float total = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kBlocks; ++i) total += share.squares[i];
-    finish_main<T>(x, total, col, D, own.end, f, own.at, own.stores, entry, lane < 16);
-    if (more) named_barrier_arrive(kFinished, kPool128Threads);
-  }
 }
 
 }  // namespace causeway

@@ -253,18 +253,20 @@ __device__ __forceinline__ void put_codes(unsigned char* to, const uint32_t (&co
 
 // The end of a latent, for N columns of one FP8 block held by LANES = 64 / N neighbouring lanes: official
 // rounding, the write to pages, and the values that are read back. `tail`: the block is the rotary one.
-// All lanes of the warp call this; those with `stores` have the entry's place.
+// All lanes of the warp call this; those with `stores` have the entry's place. `alone`: the warp has
+// no other block, whose maximum then is one instruction.
 template <int N>
 __device__ __forceinline__ void finish_latent(float (&v)[N], int col, int dim, bool tail,
                                               bool quantize, const Pages& pages, const Place& at,
-                                              bool stores) {
+                                              bool stores, bool alone = false) {
   constexpr int kLanes = kQuantBlock / N;
   const int format = pages.format;
   const bool rounds = quantize, narrow = format == kFp8Latent;
   uint32_t codes[N / 4];
   int byte = 0;
   if (rounds || narrow) {
-    int peak = max_lanes<kLanes>(largest_bits(v));
+    int peak = largest_bits(v);
+    peak = alone ? __reduce_max_sync(kAll, peak) : max_lanes<kLanes>(peak);
     byte = fp8_byte(peak);
     encode(v, byte, codes);
     if (!tail) decode(codes, byte, v);
