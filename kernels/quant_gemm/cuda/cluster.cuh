@@ -24,14 +24,7 @@ __device__ __forceinline__ bool elect_one() {
   return chosen != 0;
 }
 
-// The same place in the shared memory of block `rank`.
-__device__ __forceinline__ uint32_t in_block(uint32_t address, int rank) {
-  uint32_t there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
-  return there;
-}
-
-__device__ __forceinline__ void mbar_arrive_in(uint32_t barrier) {  // an address of `in_block`
+__device__ __forceinline__ void mbar_arrive_in(uint32_t barrier) {  // an address of `remote_address`
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 

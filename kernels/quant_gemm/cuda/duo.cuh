@@ -33,7 +33,7 @@ class DuoGroup {
         turn_(warp / 4),
         member_(warp % 4),
         lane_(lane),
-        others_empty_(in_block(ring.empty, 1 - rank)),
+        others_empty_(remote_address(ring.empty, 1 - rank)),
         staging_(ring.staging + warp * S::kStagingWarp),
         scales_(ring.scales + (member_ * 16 + lane / 4 * 2) * 4) {}
 

@@ -121,7 +121,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(S::kThreads, 1)
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
     const int team = warp / 4;  // warpgroup
-    const uint32_t released = in_block(empty, lane % 2);  // of each block
+    const uint32_t released = remote_address(empty, lane % 2);  // of each block
     uint8_t* staging = shared + S::kStagingOffset + warp * S::kStagingWarp;
     const uint32_t row_scales = stages + S::kScaleOffset + (warp % 4 * 16 + lane / 4 * 2) * 4;
     wait_for_previous();

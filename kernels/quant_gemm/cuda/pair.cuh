@@ -111,7 +111,7 @@ __global__ void __cluster_dims__(S::kBlocks, 1, 1) __launch_bounds__(S::kThreads
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
     const int group_row = warp / 4 * 64;
-    const uint32_t released = S::kBlocks == 1 ? empty : in_block(empty, lane % S::kBlocks);  // of each block
+    const uint32_t released = S::kBlocks == 1 ? empty : remote_address(empty, lane % S::kBlocks);  // of each block
     const uint32_t staging = stages + S::kStagingOffset + warp * S::kStagingWarp;
     wait_for_previous();
     const uint32_t row_scale = stages + S::kScaleOffset + (warp * 16 + (lane / 4) * 2) * 4;

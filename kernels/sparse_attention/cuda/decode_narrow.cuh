@@ -60,7 +60,7 @@ constexpr int kQueryRow = kDim * 2 + 16;  // an odd number of 16-byte columns
 // Head `head`, one thread each; those that do not exist stay what they are: nobody reads their results.
 __device__ __forceinline__ void copy_narrow_queries(NarrowSmem& s, const DecodeArgs& a, int row, int head) {
   uint32_t bar = smem_address(&s.queries);
-  if (head == 0) expect_bytes(bar, a.heads * kDim * 2);
+  if (head == 0) mbar_expect(bar, a.heads * kDim * 2);
   if (head >= a.heads) return;
   copy_bulk<kDim * 2>(smem_address(s.scores) + head * kQueryRow, a.q + row * a.q_row + head * a.q_head, bar);
 }

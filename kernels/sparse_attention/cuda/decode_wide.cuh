@@ -52,7 +52,7 @@ static_assert(sizeof(DecodeSmem) <= 227 * 1024);
 // Box `part` of eight of an item's queries.
 __device__ __forceinline__ void copy_queries(DecodeSmem& s, const CUtensorMap* map, const Item& it, int part) {
   uint32_t bar = smem_address(&s.queries), to = smem_address(s.q);
-  expect_bytes(bar, kQuerySubtile);
+  mbar_expect(bar, kQuerySubtile);
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
       " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to + part * kQuerySubtile),

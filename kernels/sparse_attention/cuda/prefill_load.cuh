@@ -4,7 +4,8 @@
 
 namespace causeway {
 
-__device__ __forceinline__ void mbar_expect(uint32_t bar, uint32_t bytes) {
+// Says how many bytes the copy engine brings; arrives not.
+__device__ __forceinline__ void expect_bytes(uint32_t bar, uint32_t bytes) {
   asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void load_2d(const CUtensorMap& map, uint32_t to, uint32_t bar, int column, int row) {
@@ -96,7 +97,7 @@ __device__ void produce(PrefillSmem& s, const PrefillArgs& a, const PrefillMaps&
     if (elected) {
       s.num_tiles[slot.at] = count;
       if (count > 0) {
-        mbar_expect(full + slot.at * 8, kTileBytes);
+        expect_bytes(full + slot.at * 8, kTileBytes);
         for (int j = 0; j < 8; ++j) {
           uint32_t to = j < 7 ? memory + slot.at * kTileBytes + j * kSubtile : smem_address(s.q_last[parity]);
           load_3d(maps.queries, to, full + slot.at * 8, 64 * j, walk.head(), walk.row);
@@ -125,7 +126,7 @@ __device__ void produce(PrefillSmem& s, const PrefillArgs& a, const PrefillMaps&
           int at = n * kTileKeys + 32 * half;
           bool window = at < r.window;
           int from = (int)(window ? r.start + at : r.seq * a.capacity + at - r.window);
-          mbar_expect(full + slot.at * 8, kTileBytes / 2);
+          expect_bytes(full + slot.at * 8, kTileBytes / 2);
           for (int j = 0; j < 8; ++j) {
             load_2d(window ? maps.window : maps.entries, tile + j * kSubtile + half * (kSubtile / 2),
                     full + slot.at * 8, 64 * j, from);
