@@ -165,6 +165,12 @@ KNOWN: tuple[Known, ...] = (
         " two places, lies between these and who reads them",
     ),
     Known(
+        Line("decode_wide.cuh", "s.lines[kPart].total[line + 8 * i] = total;"),
+        (Line("decode_wide.cuh", "total = s.lines[0].total[line];"),),
+        "the first part's sums are told at kSums, where those who make them only arrive; they make the"
+        " next item's behind kScored, where those who have read these arrive",
+    ),
+    Known(
         _OWN_PLACE,
         (Line("decode_read.cuh", "if (kPlain) table.places[key] = place;"),),
         "the warp that lists writes back the place that it has read; the other warps of its warpgroup"
@@ -222,9 +228,18 @@ KNOWN: tuple[Known, ...] = (
         _FOR_ITS_WARP,
     ),
     Known(
-        Line("prefill_scores.cuh", "s.factor[line + 8 * i] = empty_row"),
-        (Line("prefill_values.cuh", "float factor[2] = {s.factor[line]"),),
+        Line("prefill_values.cuh", "float factor[2] = {s.factor[line]"),
+        (
+            Line("prefill_scores.cuh", "s.factor[line + 8 * i] = empty_row"),
+            Line("prefill_scores.cuh", "s.factor[line + 8 * i] = 0.0f;"),
+        ),
         "as the probabilities, but written ones are told at `factor_full`",
+    ),
+    Known(
+        Line("prefill_scores.cuh", "int count = s.num_tiles[slot.at];"),
+        (Line("prefill_load.cuh", "s.num_tiles[slot.at] = count;"),),
+        "after a __syncwarp one lane of each warp that has read it arrives at `empty`, where the lane"
+        " that writes the next waits",
     ),
     Known(
         Line("prefill_scores.cuh", "reinterpret_cast<const uint2*>(s.mask[slot.at])"),

@@ -196,6 +196,10 @@ __device__ __forceinline__ void bulk_copy(uint32_t smem, const void* global, uin
       "l"(global), "r"(bytes), "r"(bar)
       : "memory");
 }
+__device__ __forceinline__ void expect_bytes(uint32_t bar, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
+               : "memory");
+}
 
 }  // namespace hc
 }  // namespace causeway

@@ -44,7 +44,7 @@ __device__ __forceinline__ void bring_weight(const Arguments& args, char* memory
   if (lane == 0) {
     mbar_init(bar, 1);
     mbar_fence_init();
-    mbar_expect(bar, kRows * kSlab * 4);
+    expect_bytes(bar, kRows * kSlab * 4);
   }
   __syncwarp();
   if (lane >= kRows) return;

@@ -216,7 +216,7 @@ __device__ __forceinline__ void load_tile(const Arguments& args, const Maps& map
   constexpr bool kPost = kMode == Mode::kPostPre;
   int64_t left = args.tokens - first;
   int live = left < kTile ? (int)left : kTile;
-  mbar_expect(full, kStageBytes + (kPost ? kTile * kStreamBytes + live * kFactorBytes : 0));
+  expect_bytes(full, kStageBytes + (kPost ? kTile * kStreamBytes + live * kFactorBytes : 0));
 #pragma unroll
   for (int box = 0; box < kBoxes; ++box) {
     load_box(stage + box * kBoxBytes, &maps.x, slab * kSlab + box * kBoxColumns, (int)first, full);

@@ -193,9 +193,9 @@ struct ByCluster {
       mbar_init(other_bar, 1);
       mbar_init(square_bar, 1);
       mbar_fence_init();
-      mbar_expect(gate_bar, group.live * args.slabs * kPartSums * 4);
-      if (group.finishes() && mixes) mbar_expect(other_bar, args.slabs * (kAllSums - kPartSums) * 4);
-      if (norms) mbar_expect(square_bar, group.live * args.slabs * 4);
+      expect_bytes(gate_bar, group.live * args.slabs * kPartSums * 4);
+      if (group.finishes() && mixes) expect_bytes(other_bar, args.slabs * (kAllSums - kPartSums) * 4);
+      if (norms) expect_bytes(square_bar, group.live * args.slabs * 4);
     }
     __syncwarp();
     cluster_arrive();

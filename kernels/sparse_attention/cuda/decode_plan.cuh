@@ -58,6 +58,7 @@ struct Item {
 struct RowFacts {
   int64_t seq, count;
 
+  __device__ __forceinline__ RowFacts() {}
   __device__ __forceinline__ RowFacts(const DecodeArgs& a, int64_t row) : seq(-1), count(0) {
     if (a.entries.pages.pool == nullptr) return;
     asm volatile("ld.global.b64 %0, [%1];" : "=l"(seq) : "l"(a.entries.row_seq + row));
@@ -122,7 +123,7 @@ struct Walk {
   __device__ __forceinline__ bool find(const DecodeArgs& a, Item& it, int at, int64_t& key) {
     int first = 0;
     if (a.ragged) {
-      if (!search(a, it, first)) return false;
+      if (!(a.rows <= 32 ? search<1>(a, it, first) : search<4>(a, it, first))) return false;
     } else {
       if (it.row >= a.rows) return false;
       RowFacts facts(a, it.row);  // under way together with the list
@@ -132,7 +133,7 @@ struct Walk {
     }
     it.chunks = count_chunks<kKeys>(a, it.limit);
     if (a.ragged) {
-      it.tile = (it.number - first) / it.chunks;
+      it.tile = a.tiles == 1 ? 0 : (it.number - first) / it.chunks;  // a division takes as long as a shuffle or four
       it.chunk = it.number - first - it.tile * it.chunks;
       key = at >= 0 ? listed_key(a, it.row, it.chunk * kKeys + at) : -1;
     }
@@ -148,15 +149,17 @@ struct Walk {
   }
 
  private:
-  // Row, sequence and limit of item `it.number`, and the number of the row's first.
+  // Row, sequence and limit of item `it.number`, and the number of the row's first. A lane has kRows rows.
+  template <int kRows>
   __device__ bool search(const DecodeArgs& a, Item& it, int& at) {
     int lane = threadIdx.x & 31;
-    for (; row0 < a.rows; row0 += 128) {
-      int mine = row0 + 4 * lane, last = a.rows - 1, seqs[4], limits[4], count[4], sum = 0;
-      const RowFacts facts[4] = {{a, min(mine, last)}, {a, min(mine + 1, last)}, {a, min(mine + 2, last)},
-                                 {a, min(mine + 3, last)}};  // all under way at once
+    for (; row0 < a.rows; row0 += 32 * kRows) {
+      int mine = row0 + kRows * lane, seqs[kRows], limits[kRows], count[kRows], sum = 0;
+      RowFacts facts[kRows];  // all under way at once
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
+      for (int k = 0; k < kRows; ++k) facts[k] = RowFacts(a, min(mine + k, a.rows - 1));
+#pragma unroll
+      for (int k = 0; k < kRows; ++k) {
         seqs[k] = (int)facts[k].seq, limits[k] = facts[k].limit(a);
         count[k] = mine + k < a.rows ? count_chunks<kKeys>(a, limits[k]) * a.tiles : 0;
         sum += count[k];
@@ -176,7 +179,7 @@ struct Walk {
       int row = mine, seq = seqs[0], limit = limits[0];
       at = before + end - sum;
 #pragma unroll
-      for (int k = 0; k < 3; ++k) {
+      for (int k = 0; k < kRows - 1; ++k) {
         if (it.number < at + count[k] || row != mine + k) continue;
         at += count[k], ++row, seq = seqs[k + 1], limit = limits[k + 1];
       }
