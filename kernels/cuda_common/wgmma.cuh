@@ -47,28 +47,6 @@ __device__ __forceinline__ void mma_m64n64k16_ss(
       : "l"(a), "l"(b), "r"(accumulate));
 }
 
-// bf16, A in registers, B MN-major in smem.
-__device__ __forceinline__ void mma_m64n256k16_rs_t(
-    float (&d)[128], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b, int accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %133, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" WGMMA_PLACES_128
-      "}, {%128, %129, %130, %131}, %132, p, 1, 1, 1;\n}\n"
-      : WGMMA_SUMS_128(d, 0)
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate));
-}
-
-// bf16, A K-major and B MN-major in smem.
-__device__ __forceinline__ void mma_m64n256k16_ss_t(
-    float (&d)[128], uint64_t a, uint64_t b, int accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" WGMMA_PLACES_128
-      "}, %128, %129, p, 1, 1, 0, 1;\n}\n"
-      : WGMMA_SUMS_128(d, 0)
-      : "l"(a), "l"(b), "r"(accumulate));
-}
-
 // e4m3, A in registers, B K-major in smem.
 __device__ __forceinline__ void mma_m64n64k32_e4m3_rs(
     float (&d)[32], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b, int accumulate) {
