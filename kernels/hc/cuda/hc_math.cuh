@@ -58,18 +58,6 @@ __device__ __forceinline__ uint32_t mix_pair(float post, const float (&comb)[4],
   return pack_bf16(low, high);
 }
 
-// Eight columns of a stream after hc_post.
-__device__ __forceinline__ uint4 mix_columns(float post, const float (&comb)[4], const uint4& a,
-                                             const uint4 (&x)[kStreams]) {
-  uint4 mixed;
-#pragma unroll
-  for (int word = 0; word < 4; ++word) {
-    uint32_t old[kStreams] = {(&x[0].x)[word], (&x[1].x)[word], (&x[2].x)[word], (&x[3].x)[word]};
-    (&mixed.x)[word] = mix_pair(post, comb, (&a.x)[word], old);
-  }
-  return mixed;
-}
-
 // Two bf16 pairs that add up to a pair of f32, but for 2^-18 of it at most.
 __device__ __forceinline__ void split(float x, float y, uint32_t& high, uint32_t& low) {
   high = pack_bf16(x, y);

@@ -9,7 +9,6 @@ namespace causeway {
 namespace hc {
 
 constexpr int kFewTile = 16;    // tokens of a group, at most
-constexpr int kFewMost = 64;    // tokens of a launch
 constexpr int kParts = 5;       // of a token's sums: pre and squares, the others
 constexpr int kPartSums = 5;
 constexpr int kAllSums = kParts * kPartSums;

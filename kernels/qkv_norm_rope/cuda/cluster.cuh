@@ -29,17 +29,6 @@ __device__ __forceinline__ void mail_send(const void* box, const uint64_t* bar, 
                "r"(value), "r"(counter)
                : "memory");
 }
-// The same of 16 bytes.
-__device__ __forceinline__ void mail_send4(const void* box, const uint64_t* bar, int rank,
-                                           const float (&v)[4]) {
-  const uint32_t to = remote_address(smem_address(box), rank), counter = remote_address(smem_address(bar), rank);
-  asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
-      "[%5];" ::"r"(to),
-      "r"(__float_as_uint(v[0])), "r"(__float_as_uint(v[1])), "r"(__float_as_uint(v[2])),
-      "r"(__float_as_uint(v[3])), "r"(counter)
-      : "memory");
-}
 __device__ __forceinline__ void mail_wait(uint64_t* bar, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\n"
