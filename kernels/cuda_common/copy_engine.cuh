@@ -32,6 +32,7 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+// Four matrices of 8 x 8; lane i gives the address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ void store_matrices(
     uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile(

@@ -6,6 +6,7 @@
 // one those of the second. Warpgroups 0..3 own 128 output columns each, of all keys; the last one adds up, finishes
 // what is one number a head. While the first scores are made, the second and the third find the next item.
 #pragma once
+#include "copy_engine.cuh"
 #include "decode_plan.cuh"
 #include "decode_read.cuh"
 #include "hopper.cuh"
@@ -53,11 +54,7 @@ static_assert(sizeof(DecodeSmem) <= 227 * 1024);
 __device__ __forceinline__ void copy_queries(DecodeSmem& s, const CUtensorMap* map, const Item& it, int part) {
   uint32_t bar = smem_address(&s.queries), to = smem_address(s.q);
   mbar_expect(bar, kQuerySubtile);
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to + part * kQuerySubtile),
-      "l"(map), "r"(bar), "r"(64 * part), "r"(it.tile * kHeadTile), "r"(it.row)
-      : "memory");
+  load_3d(map, to + part * kQuerySubtile, bar, 64 * part, it.tile * kHeadTile, it.row);
 }
 
 // Barriers of a block, in the order of their use.

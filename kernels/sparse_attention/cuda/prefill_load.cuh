@@ -1,5 +1,6 @@
 // The producer: queries and keys of one (row, 64 heads) after the other, as tiles of a ring.
 #pragma once
+#include "copy_engine.cuh"
 #include "prefill_tile.cuh"
 
 namespace causeway {
@@ -7,21 +8,6 @@ namespace causeway {
 // Says how many bytes the copy engine brings; arrives not.
 __device__ __forceinline__ void expect_bytes(uint32_t bar, uint32_t bytes) {
   asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void load_2d(const CUtensorMap& map, uint32_t to, uint32_t bar, int column, int row) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%3, %4}], [%2];" ::"r"(to),
-      "l"(&map), "r"(bar), "r"(column), "r"(row)
-      : "memory");
-}
-__device__ __forceinline__ void load_3d(const CUtensorMap& map, uint32_t to, uint32_t bar, int column, int head,
-                                        int row) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to),
-      "l"(&map), "r"(bar), "r"(column), "r"(head), "r"(row)
-      : "memory");
 }
 
 // What there is to know of a query row's keys.
@@ -100,7 +86,7 @@ __device__ void produce(PrefillSmem& s, const PrefillArgs& a, const PrefillMaps&
         expect_bytes(full + slot.at * 8, kTileBytes);
         for (int j = 0; j < 8; ++j) {
           uint32_t to = j < 7 ? memory + slot.at * kTileBytes + j * kSubtile : smem_address(s.q_last[parity]);
-          load_3d(maps.queries, to, full + slot.at * 8, 64 * j, walk.head(), walk.row);
+          load_3d(&maps.queries, to, full + slot.at * 8, 64 * j, walk.head(), walk.row);
         }
       }
     }
@@ -128,7 +114,7 @@ __device__ void produce(PrefillSmem& s, const PrefillArgs& a, const PrefillMaps&
           int from = (int)(window ? r.start + at : r.seq * a.capacity + at - r.window);
           expect_bytes(full + slot.at * 8, kTileBytes / 2);
           for (int j = 0; j < 8; ++j) {
-            load_2d(window ? maps.window : maps.entries, tile + j * kSubtile + half * (kSubtile / 2),
+            load_2d(window ? &maps.window : &maps.entries, tile + j * kSubtile + half * (kSubtile / 2),
                     full + slot.at * 8, 64 * j, from);
           }
         }

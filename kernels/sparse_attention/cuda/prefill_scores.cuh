@@ -1,5 +1,6 @@
 // Scores and probabilities: one warpgroup, whose queries stay in registers for the whole row.
 #pragma once
+#include "copy_engine.cuh"
 #include "prefill_tile.cuh"
 
 namespace causeway {
@@ -38,13 +39,6 @@ __device__ __forceinline__ int fresh_thread() {
   return thread & 127;
 }
 __device__ __forceinline__ bool first_lane() { return (fresh_thread() & 31) == 0; }
-
-// Four matrices of 8 x 8 to shared memory; lane i gives the address of row i % 8 of matrix i / 8.
-__device__ __forceinline__ void store_matrices(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c),
-               "r"(d)
-               : "memory");
-}
 
 __device__ void score(PrefillSmem& s, const PrefillArgs& a) {
   uint32_t full = smem_address(s.full), empty = smem_address(s.empty), memory = smem_address(s.tiles);
