@@ -84,8 +84,6 @@ extern "C" int causeway_attend_prefill(const void* q, int64_t q_row, int64_t q_h
                                        cudaStream_t stream) {
   using namespace causeway;
   PrefillArgs a = {static_cast<const __nv_bfloat16*>(q),
-                   q_row,
-                   q_head,
                    static_cast<const __nv_bfloat16*>(kv),
                    kv_row,
                    start,

@@ -25,8 +25,7 @@ struct PrefillMaps {
 };
 
 struct PrefillArgs {
-  const __nv_bfloat16* q;
-  int64_t q_row, q_head;
+  const __nv_bfloat16* q;  // an address that can be read: queries come through their map
   const __nv_bfloat16* kv;
   int64_t kv_row;
   const int64_t* start;
